@@ -1,0 +1,47 @@
+"""mtjax: multitask learning in JAX and Flax.
+
+Five plain things, in this order: a batch goes through a model, its outputs through the tasks' losses, the losses
+through per-task gradients, those through a multi-objective transform, and its direction through optax.
+
+    losses, jacobian = mtjax.value_and_jacobian(loss_fn)(params, batch)
+    updates, state = optax.chain(mtjax.optim.pcgrad(), optax.adamw(1e-3)).update(jacobian, state, params)
+
+Rooms: `tasks`, `losses`, `metrics`, `delta`, `gradients`, `optim`, `nn`, `models`, `data`, `train`, `plots`.
+"""
+
+from mtjax import _compat
+
+_compat.check_jaxlib()
+
+from mtjax import losses, metrics, optim  # noqa: E402
+
+from mtjax.delta import DeltaM, delta_m
+from mtjax.gradients import (  # noqa: E402
+    Conflict,
+    combine,
+    conflict,
+    gramian,
+    value_and_jacobian,
+    value_and_weighted_grad,
+)
+from mtjax.tasks import Task, head_sizes, predictions, task_losses  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Conflict",
+    "DeltaM",
+    "Task",
+    "combine",
+    "conflict",
+    "delta_m",
+    "gramian",
+    "head_sizes",
+    "losses",
+    "metrics",
+    "optim",
+    "predictions",
+    "task_losses",
+    "value_and_jacobian",
+    "value_and_weighted_grad",
+]
