@@ -1,0 +1,132 @@
+"""Evaluation and prediction over a split, in batches of one fixed shape, for a stack of runs at once.
+
+Letters: L lanes, G selection groups, K tasks, B batch, N rows.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtjax import metrics
+from mtjax.tasks import Task, labels_and_weights, predictions
+
+PyTree = Any
+Results = dict[str, dict[str, np.ndarray]]
+
+
+def padded_batches(split: Mapping[str, Any], batch_size: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """Batches of exactly `batch_size` rows and the number of real rows; the rows that pad the last have weight 0."""
+    num_rows = len(split["numeric"])
+    size = min(batch_size, num_rows)
+    for start in range(0, num_rows, size):
+        rows = np.arange(start, start + size)
+        real = rows < num_rows
+        batch = jax.tree.map(lambda column: column[np.minimum(rows, num_rows - 1)], dict(split))  # noqa: B023
+        batch["weight"] = np.where(real, batch.get("weight", np.ones(size)), 0.0).astype(np.float32)
+        yield batch, int(real.sum())
+
+
+def make_evaluate(model: Any, tasks: Sequence[Task], *, batch_size: int = 4096, per_task: bool = False) -> Callable:
+    """Builds the evaluation of stacked parameters on a split.
+
+    Args:
+      model: a Linen model (contract 7).
+      tasks: tasks with their metrics.
+      batch_size: rows per dispatch.
+      per_task: parameters have two leading axes [L, K]: task k is evaluated with the k-th set.
+
+    Returns:
+      `(params, split, context=None) -> {task: {metric: f64[L]}}`; params with a leading axis L (and K if `per_task`).
+    """
+
+    def statistics(params, batch):
+        def of(task, params):
+            output = model.apply({"params": params}, batch, task=task.name)[task.name]
+            return measure(task, output)
+
+        def measure(task, output):
+            label, weight = labels_and_weights(task, batch)
+            return {m.name: m.statistic(task.predict(output), label, weight) for m in task.metrics}
+
+        if per_task:
+            return {t.name: of(t, jax.tree.map(lambda leaf: leaf[k], params)) for k, t in enumerate(tasks)}  # noqa: B023
+        outputs = model.apply({"params": params}, batch)
+        return {task.name: measure(task, outputs[task.name]) for task in tasks}
+
+    run = jax.jit(jax.vmap(statistics, in_axes=(0, None)))
+
+    def evaluate(params: PyTree, split: Mapping[str, Any], context: Mapping[str, Any] | None = None) -> Results:
+        states: dict[str, dict[str, Any]] = {}
+        for batch, _ in padded_batches(split, batch_size):
+            if context is not None:
+                batch["context"] = context
+            new = jax.tree.map(np.asarray, run(params, batch))
+            for task in tasks:
+                merged = states.setdefault(task.name, {})
+                for metric in task.metrics:
+                    state = metrics.to_host(new[task.name][metric.name])
+                    merged[metric.name] = metric.merge(merged[metric.name], state) if metric.name in merged else state
+        return {
+            task.name: {m.name: np.atleast_1d(np.asarray(m.compute(states[task.name][m.name]))) for m in task.metrics}
+            for task in tasks
+        }
+
+    return evaluate
+
+
+def main_scores(tasks: Sequence[Task], results: Results) -> np.ndarray:
+    """f64[L, K] main metrics, signed so that larger is better."""
+    columns = [
+        (1.0 if task.main_metric.higher_is_better else -1.0) * results[task.name][task.main_metric.name]
+        for task in tasks
+    ]
+    return np.stack(columns, axis=-1)
+
+
+def predict(
+    model: Any,
+    params: PyTree,
+    tasks: Sequence[Task],
+    split: Mapping[str, Any],
+    *,
+    context: Mapping[str, Any] | None = None,
+    batch_size: int = 4096,
+    per_task: bool = False,
+) -> dict[str, np.ndarray]:
+    """Predictions in original units on new rows, averaged over the lanes of `params` (an ensemble over seeds).
+
+    Args:
+      model, tasks: what was trained.
+      params: leaves with a leading axis L (L, K if `per_task`).
+      split: 'categorical' and 'numeric' columns of N rows.
+      context: rows to attend to, for models with attention across rows.
+      batch_size: rows per dispatch.
+      per_task: as for `make_evaluate`.
+
+    Returns:
+      task name -> f32[N], or f32[N, C] for multiclass.
+    """
+
+    def outputs(params, batch):
+        if not per_task:
+            return predictions(tasks, model.apply({"params": params}, batch))
+        result = {}
+        for k, task in enumerate(tasks):
+            own = jax.tree.map(lambda leaf: leaf[k], params)  # noqa: B023
+            result |= predictions((task,), model.apply({"params": own}, batch, task=task.name))
+        return result
+
+    @jax.jit
+    def run(params, batch):
+        return jax.tree.map(lambda p: jnp.mean(p, axis=0), jax.vmap(outputs, in_axes=(0, None))(params, batch))
+
+    pieces = []
+    inputs = {key: split[key] for key in ("categorical", "numeric")}
+    for batch, num_real in padded_batches(inputs, batch_size):
+        if context is not None:
+            batch["context"] = context
+        pieces.append(jax.tree.map(lambda p: np.asarray(p)[:num_real], run(params, batch)))  # noqa: B023
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)

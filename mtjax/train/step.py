@@ -1,0 +1,132 @@
+"""The train step: per-task losses -> weights or Jacobian -> direction -> optax. One pure function.
+
+It takes any method of `mtjax.optim` and picks the cheaper route by what the method declares: methods that are
+weightings never build the Jacobian (`value_and_weighted_grad`), others do.
+
+Letters: K tasks, B batch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtjax.gradients import conflict, value_and_jacobian, value_and_weighted_grad
+from mtjax.optim.base import Method
+from mtjax.tasks import Task, task_losses
+from mtjax.train.state import OptimizerFactory, TrainState
+
+PyTree = Any
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports.
+
+    Attributes:
+      losses: f32[K] before the update.
+      weights: f32[K] of the method; None for methods without weights.
+    """
+
+    losses: jax.Array
+    weights: jax.Array | None
+
+
+def supervised_loss(
+    model: Any,
+    tasks: Sequence[Task],
+    regularizer: Callable[[Mapping[str, jax.Array], Mapping[str, Any]], Mapping[str, jax.Array]] | None = None,
+) -> Callable:
+    """The loss function of a Linen model on labelled batches (contract 1): one loss per task.
+
+    Args:
+      model: `apply({'params': params}, batch, train=True, rngs=...) -> outputs`.
+      tasks: order of the losses.
+      regularizer: `(outputs, batch) -> {task name: f32[]}` added to the losses of the tasks it names.
+
+    Returns:
+      `loss_fn(params, batch, rng) -> dict[str, f32[]]`.
+    """
+
+    def loss_fn(params, batch, rng):
+        outputs = model.apply({"params": params}, batch, train=True, rngs={"dropout": rng})
+        losses = task_losses(tasks, outputs, batch)
+        if regularizer is not None:
+            losses |= {name: losses[name] + extra for name, extra in regularizer(outputs, batch).items()}
+        return losses
+
+    return loss_fn
+
+
+def make_train_step(
+    loss_fn: Callable, method: Method, optimizer: OptimizerFactory, *, chunk_size: int | None = None
+) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
+    """Builds `(state, batch) -> (state, metrics)`.
+
+    Args:
+      loss_fn: `(params, batch, rng) -> losses`.
+      method: a multi-objective method.
+      optimizer: `learning_rate -> optax transformation`, e.g. `optax.adamw`.
+      chunk_size: backward passes at once (see `value_and_jacobian`).
+    """
+    by_weights = getattr(method, "weighting", None) is not None
+    if by_weights:
+        gradient_fn = value_and_weighted_grad(loss_fn, method, chunk_size=chunk_size)
+    else:
+        jacobian_fn = value_and_jacobian(loss_fn, chunk_size=chunk_size)
+
+        def gradient_fn(params, method_state, *args):
+            losses, jacobian = jacobian_fn(params, *args)
+            gradient, method_state = method.update(jacobian, method_state, params, losses=losses)
+            return losses, gradient, method_state
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        losses, gradient, method_state = gradient_fn(state.params, state.method_state, batch, rng)
+        updates, opt_state = optimizer(state.learning_rate).update(gradient, state.opt_state, state.params)
+        state = state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            method_state=method_state,
+        )
+        return state, StepMetrics(losses, method_state.weights if by_weights else None)
+
+    return train_step
+
+
+def make_train_chunk(train_step: Callable) -> Callable:
+    """Several steps in one dispatch, for a stack of runs: jitted, vmapped over lanes, the state donated.
+
+    Returns:
+      `(states [L, ...], data, indices i32[L, n, B], active bool[n]) -> (states, metrics [L, n, ...])`. `data` holds
+      whole columns on the device; `active` switches off the steps that only pad a chunk to its fixed length.
+    """
+
+    def run(state, data, indices, active):
+        def body(state, step):
+            rows, is_active = step
+            # Not batched over lanes, so this stays a branch: a padding step costs nothing.
+            return jax.lax.cond(is_active, taken, skipped, state, rows)
+
+        def taken(state, rows):
+            return train_step(state, jax.tree.map(lambda column: column[rows], data))
+
+        def skipped(state, rows):
+            shapes = jax.eval_shape(taken, state, rows)[1]
+            return state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        return jax.lax.scan(body, state, (indices, active))
+
+    return jax.jit(jax.vmap(run, in_axes=(0, None, 0, None)), donate_argnums=0)
+
+
+def make_conflict_probe(loss_fn: Callable, *, chunk_size: int | None = None) -> Callable:
+    """`(params [L, ...], batch, rng) -> f32[K, K]`, jitted: cosines of the first lane's per-task gradients."""
+
+    def probe(params, batch, rng):
+        first = jax.tree.map(lambda leaf: leaf[0], params)
+        return conflict(value_and_jacobian(loss_fn, chunk_size=chunk_size)(first, batch, rng)[1]).cosine
+
+    return jax.jit(probe)
