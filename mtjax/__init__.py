@@ -13,10 +13,9 @@ from mtjax import _compat
 
 _compat.check_jaxlib()
 
-from mtjax import losses, metrics, optim  # noqa: E402
-
+from mtjax import losses, metrics, optim
 from mtjax.delta import DeltaM, delta_m
-from mtjax.gradients import (  # noqa: E402
+from mtjax.gradients import (
     Conflict,
     combine,
     conflict,
@@ -24,7 +23,7 @@ from mtjax.gradients import (  # noqa: E402
     value_and_jacobian,
     value_and_weighted_grad,
 )
-from mtjax.tasks import Task, head_sizes, predictions, task_losses  # noqa: E402
+from mtjax.tasks import Task, head_sizes, predictions, task_losses
 
 __version__ = "0.1.0"
 

@@ -56,6 +56,10 @@ def _losses_and_vjp(loss_fn: Callable, has_aux: bool, params: PyTree, args: tupl
 
     def stacked(params):
         result = loss_fn(params, *args, **kwargs)
+        if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+            raise ValueError(f"With has_aux=True loss_fn must return (losses, aux), got a {type(result).__name__}")
+        if not has_aux and isinstance(result, tuple):
+            raise ValueError("loss_fn returned a tuple where losses were expected; for (losses, aux) pass has_aux=True")
         losses, aux = result if has_aux else (result, None)
         return stack_losses(losses), aux
 
@@ -83,7 +87,8 @@ def value_and_jacobian(loss_fn: Callable, has_aux: bool = False, chunk_size: int
 
     Args:
       loss_fn: `(params, *args) -> losses`, or `(losses, aux)` with `has_aux`; losses are an insertion-ordered dict of
-        scalars or f32[K].
+        scalars or f32[K]. Not itself wrapped in `jax.jit` or `jax.checkpoint`: these return dicts with sorted names,
+        and row k would no longer be the k-th task. Wrap the function that comes out of here, or the model inside.
       has_aux: whether `loss_fn` returns `(losses, aux)`.
       chunk_size: how many of the K backward passes run at once; bounds memory. None: all. 1: one by one, without vmap,
         for layers that have no batching rule.
@@ -91,6 +96,9 @@ def value_and_jacobian(loss_fn: Callable, has_aux: bool = False, chunk_size: int
     Returns:
       A function `(params, *args) -> (losses f32[K], jacobian)`, or `((losses, aux), jacobian)` with `has_aux`.
       `jacobian` is a pytree like `params` whose leaves have a leading axis K. The forward pass runs once.
+
+    Raises:
+      ValueError: if `loss_fn` returns something else, or `chunk_size` is less than 1.
     """
     _check_chunk_size(chunk_size)
 
@@ -159,7 +167,7 @@ def value_and_weighted_grad(
       `losses` under `has_aux`. `state` is `method.init(params)` for a transform, `weighting.init(K)` for a weighting.
 
     Raises:
-      ValueError: if the method needs more of the Jacobian than its Gramian.
+      ValueError: if the method needs more of the Jacobian than its Gramian; as for `value_and_jacobian`.
     """
     from mtjax.optim import base  # the transform contract stands on this module
 

@@ -1,15 +1,16 @@
 """Training rows per second of MultiTab-Net in mtjax beside a plain PyTorch implementation of the same network.
 
     python experiments/bench/tabular.py            # both sides, all sizes, JSON under experiments/bench/results
-    python experiments/bench/tabular.py --quick    # the same path with tiny sizes
+    python experiments/bench/tabular.py --quick    # the same path with tiny sizes, no file
 
-Both sides run in one process, in turns, on the same data, with the same number of threads, batch size, loss, optimiser
-(AdamW) and parameter shapes; each turn is a number of steps after warm-up, and the median over turns is reported.
-Compilation is timed beside it, not in it. Without PyTorch the mtjax side runs alone and no ratio is printed.
+Both sides run in one process, in turns, on the same data, with the same number of threads, batch size, losses,
+optimiser (AdamW) and network; a turn is a few steps after warm-up. The ratio is that of the medians over turns, with
+the smallest and largest ratio of neighbouring turns beside it. Compilation is timed apart. Without PyTorch (extra
+`bench`) the mtjax side runs alone and no ratio is printed.
 
-Sizes: `acs` (2 tasks, 10 categorical columns, attention across the rows of the batch) and `higgs` (8 tasks, 21 columns,
-token mixer) of the paper's configurations, width 16, batch 2048; and the `higgs` size with 1 to 32 task tokens, whose
-time per step should grow no faster than the tokens' own share of the sequence.
+Sizes: `acs` (2 tasks, 10 categorical columns, attention across the 2048 rows of the batch) and `higgs` (8 tasks, 21
+columns, token mixer) of the paper's configurations, width 16, batch 2048. Then the columns of `higgs` without row
+mixing and with 1 to 32 task tokens: the step should cost what the longer sequence costs, whatever the number of heads.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -27,9 +29,11 @@ import numpy as np
 
 import mtjax
 from mtjax.models.multitab import MultiTabNet
+from mtjax.nn.attention import multitask_mask
+from mtjax.train.loop import TrainConfig
+from mtjax.train.report import provenance
 from mtjax.train.state import TrainState
 from mtjax.train.step import make_train_step, supervised_loss
-from mtjax.train.loop import TrainConfig
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -51,7 +55,7 @@ class Size:
 
 def higgs(num_tasks: int = 8, **changes) -> Size:
     tasks = (mtjax.Task("target", "binary"), *(mtjax.Task(f"mass_{k}", "regression") for k in range(num_tasks - 1)))
-    return Size(f"higgs_{num_tasks}", tasks, (4, 4, 4, 4), 17, "token_mixer", **changes)
+    return Size("higgs", tasks, (4, 4, 4, 4), 17, **({"row_mixing": "token_mixer"} | changes))
 
 
 def acs(**changes) -> Size:
@@ -80,7 +84,7 @@ def make_batch(size: Size) -> dict:
 
 
 def jax_side(size: Size, batch: dict) -> tuple[Callable[[int], float], float]:
-    """A function that runs n steps and returns seconds, and the seconds of compilation."""
+    """A function that runs n steps and returns seconds; and the seconds of tracing and compiling the step."""
     model = MultiTabNet(
         mtjax.head_sizes(size.tasks),
         size.cardinalities,
@@ -155,10 +159,8 @@ def torch_side(size: Size, batch: dict) -> Callable[[int], float]:
             self.heads = nn.ModuleList(
                 nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, t.output_size)) for t in size.tasks
             )
-            blocked = ~torch.from_numpy(
-                mtjax.nn.attention.multitask_mask(len(size.tasks), tokens - len(size.tasks), "TxT")
-            )
-            self.register_buffer("mask", blocked)
+            allowed = multitask_mask(len(size.tasks), tokens - len(size.tasks), "TxT")
+            self.register_buffer("mask", ~torch.from_numpy(allowed))
 
         def forward(self, categorical, numeric):
             columns = [table(categorical[:, i]) for i, table in enumerate(self.tables)]
@@ -193,3 +195,87 @@ def torch_side(size: Size, batch: dict) -> Callable[[int], float]:
         return time.perf_counter() - began
 
     return run
+
+
+def measure(size: Size, *, turns: int, steps: int, torch: bool) -> dict:
+    """Times both sides in turns."""
+    batch = make_batch(size)
+    ours, compile_s = jax_side(size, batch)
+    theirs = torch_side(size, batch) if torch else None
+    for side in filter(None, (ours, theirs)):
+        side(2)
+    pairs = [(ours(steps) / steps, theirs(steps) / steps if theirs else None) for _ in range(turns)]
+    row = {
+        "size": size.name,
+        "tasks": len(size.tasks),
+        "row_mixing": size.row_mixing,
+        "batch": size.batch,
+        "turns": turns,
+        "compile_s": round(compile_s, 2),
+        "mtjax_ms": round(1e3 * statistics.median(a for a, _ in pairs), 2),
+    }
+    row["mtjax_rows_per_s"] = round(1e3 * size.batch / row["mtjax_ms"])
+    if theirs:
+        row["torch_ms"] = round(1e3 * statistics.median(b for _, b in pairs), 2)
+        row["torch_rows_per_s"] = round(1e3 * size.batch / row["torch_ms"])
+        row["ratio"] = round(row["torch_ms"] / row["mtjax_ms"], 2)
+        row["ratio_range"] = [round(f(b / a for a, b in pairs), 2) for f in (min, max)]
+    return row
+
+
+def flops(num_tasks: int, size: Size) -> float:
+    """Multiply-adds of one row's forward pass without row mixing: dense maps ~ n, attention ~ n^2, heads ~ T."""
+    n, d = num_tasks + len(size.cardinalities) + size.num_numeric, size.width
+    return n * d * (4 * d + 2 * size.ff_width) + 2 * n * n * d + num_tasks * (64 * d + 64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, two turns, no file")
+    parser.add_argument("--turns", type=int, default=9, help="turns per side")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of PyTorch")
+    args = parser.parse_args()
+    where = provenance(outputs=[RESULTS])
+    try:
+        import torch
+
+        torch.set_num_threads(args.threads)
+        torch_version = torch.__version__
+    except ImportError:
+        torch_version = None
+        print("PyTorch is not installed (pip install 'mtjax[bench]'): timing mtjax alone")
+
+    changes = {"batch": 64, "ff_width": 16} if args.quick else {}
+    turns, steps = (2, 1) if args.quick else (args.turns, 3)
+    sizes = [higgs(**changes), acs(**changes)]
+    counts = (1, 8) if args.quick else (1, 2, 4, 8, 16, 32)
+    rows = [measure(size, turns=turns, steps=steps, torch=torch_version is not None) for size in sizes]
+    for row in rows:
+        beside = f", PyTorch {row['torch_rows_per_s']:,} rows/s, ratio {row['ratio']} {row['ratio_range']}"
+        print(
+            f"{row['size']}: mtjax {row['mtjax_rows_per_s']:,} rows/s{beside if 'ratio' in row else ''}; "
+            f"compile {row['compile_s']} s",
+            flush=True,
+        )
+    scan = []
+    for num_tasks in counts:
+        size = higgs(num_tasks, row_mixing="none", **changes)
+        row = measure(size, turns=turns, steps=steps, torch=False)
+        row["flops_relative"] = round(flops(num_tasks, size) / flops(counts[0], size), 2)
+        scan.append(row)
+        row["time_relative"] = round(row["mtjax_ms"] / scan[0]["mtjax_ms"], 2)
+        print(
+            f"{num_tasks} task tokens: {row['mtjax_ms']} ms, {row['time_relative']} x the time and "
+            f"{row['flops_relative']} x the multiply-adds of one; compile {row['compile_s']} s",
+            flush=True,
+        )
+    if not args.quick:
+        where["versions"]["torch"] = torch_version
+        content = {"benchmark": "tabular", **where, "threads": args.threads, "cpu": platform.processor()}
+        content |= {"beside_torch": rows, "task_tokens": scan}
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / "tabular.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,93 +19,18 @@ from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
+from candidates import MODELS, PRESETS, SINGLE_TASK, Config
 
 import mtjax
 from mtjax import data as sources
 from mtjax import plots
 from mtjax.data import frames
-from mtjax.models import ft_transformer, mlp_baselines, multitab, saint, tab_transformer
+from mtjax.models import mlp_baselines
 from mtjax.train import checkpoint, compare, evaluate, loop, report, select, tables
 from mtjax.train.config import override
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BASELINE = "single-task MLP"
-
-
-DEMO_TRAIN = loop.TrainConfig(batch_size=512, max_epochs=6, patience=2, conflict_rows=512)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Sizes and budgets. `--set width=16 train.batch_size=1024` overrides any field.
-
-    Attributes:
-      rows: train, validation and test rows of embedded data; None takes all.
-      width: token width of transformers, embedding width of MLP models.
-      num_heads: attention heads.
-      ff_width: hidden width of feed-forward nets.
-      num_blocks: blocks of MultiTab-Net.
-      dropout: rate in feed-forward nets, attention and MLPs.
-      mlp: hidden widths of MLPs and experts (a single-task MLP has `head` in addition).
-      head: hidden width of task heads.
-      mmoe_experts: experts of MMoE and OMoE.
-      task_experts: experts per task of PLE, CGC, STEM and AdaTT.
-      shared_experts: shared experts of the same.
-      learning_rates: the tuning grid, the same for every model.
-      seeds: number of seeds.
-      bench_tasks: numbers of tasks in the MultiTab-Bench sweep.
-      bench_features: its number of input columns.
-      train: see `TrainConfig`.
-    """
-
-    rows: tuple[int, ...] | None = (12_288, 6_144, 12_288)
-    width: int = 8
-    num_heads: int = 2
-    ff_width: int = 64
-    num_blocks: int = 1
-    dropout: float = 0.0
-    mlp: tuple[int, ...] = (128, 64)
-    head: int = 64
-    mmoe_experts: int = 8
-    task_experts: int = 2
-    shared_experts: int = 4
-    learning_rates: tuple[float, ...] = (1e-3, 4e-3)
-    seeds: int = 3
-    bench_tasks: tuple[int, ...] = (2, 4, 8)
-    bench_features: int = 16
-    train: loop.TrainConfig = DEMO_TRAIN
-
-
-DEMO = Config()
-SMOKE = Config(
-    rows=(512, 256, 256),
-    ff_width=16,
-    mlp=(16, 8),
-    head=8,
-    mmoe_experts=2,
-    task_experts=1,
-    shared_experts=1,
-    learning_rates=(4e-3,),
-    seeds=2,
-    bench_tasks=(2,),
-    train=loop.TrainConfig(batch_size=128, max_epochs=2, conflict_rows=64),
-)
-# Higgs of the paper: 8 tasks, width 16, batch 2048, constant rate 1e-3, no dropout, patience 5, 5 seeds.
-PAPER = Config(
-    rows=None,
-    width=16,
-    num_heads=4,
-    ff_width=256,
-    mlp=(256, 128),
-    task_experts=1,
-    shared_experts=1,
-    learning_rates=(1e-4, 1e-3),
-    seeds=5,
-    bench_tasks=(7,),
-    bench_features=32,
-    train=loop.TrainConfig(batch_size=2048, max_epochs=100, patience=5, eval_batch_size=16_384),
-)
-PRESETS = {"smoke": SMOKE, "demo": DEMO, "paper": PAPER}
 METHODS = {
     "sum": lambda: mtjax.optim.linear("sum"),
     "mean": lambda: mtjax.optim.linear("mean"),
@@ -113,60 +38,8 @@ METHODS = {
     "pcgrad": mtjax.optim.pcgrad,
     "mgda": mtjax.optim.mgda,
 }
-
-
-def _multitab(**fields):
-    def build(shape, c: Config):
-        dropout = {"ff_dropout": c.dropout, "attention_dropout": c.dropout}
-        sizes = {"width": c.width, "num_heads": c.num_heads, "ff_width": c.ff_width, "head_hidden": (c.head,)}
-        return multitab.MultiTabNet(*shape, num_blocks=c.num_blocks, **sizes, **dropout, **fields)
-
-    return build
-
-
-def _mlp(preset, levels=None, **sizes):
-    """levels: False for one list of widths, True for one per level, None for the single-task depth."""
-
-    def build(shape, c: Config):
-        features = (*c.mlp, c.head) if levels is None else ([c.mlp] if levels else c.mlp)
-        tower = {} if levels is None else {"tower": (c.head,)}
-        experts = {name: getattr(c, field) for name, field in sizes.items()}
-        return preset(*shape, features=features, width=c.width, dropout=c.dropout, **tower, **experts)
-
-    return build
-
-
-def _transformer(model):
-    def build(shape, c: Config):
-        return model(*shape, width=c.width, num_heads=c.num_heads, ff_width=c.ff_width)
-
-    return build
-
-
-_GROUPS = {"task_experts": "task_experts", "shared_experts": "shared_experts"}
-MODELS = {
-    "single-task MLP": _mlp(mlp_baselines.single_task),
-    "shared bottom": _mlp(mlp_baselines.shared_bottom, False),
-    "MMoE": _mlp(mlp_baselines.mmoe, False, experts="mmoe_experts"),
-    "PLE": _mlp(mlp_baselines.ple, True, **_GROUPS),
-    "MultiTab-Net": _multitab(),
-    "MultiTab-Net, one token": _multitab(multi_token=False),
-    "MultiTab-Net, no mask": _multitab(mask="none"),
-    "MultiTab-Net, FxT": _multitab(mask="FxT"),
-    "MultiTab-Net, FxT_TxT": _multitab(mask="FxT_TxT"),
-    "MultiTab-Net, flat attention": _multitab(row_mixing="flat_attention"),
-    "MultiTab-Net, axial attention": _multitab(row_mixing="axial_attention"),
-    "MultiTab-Net, no row mixing": _multitab(row_mixing="none"),
-    "OMoE": _mlp(mlp_baselines.omoe, False, experts="mmoe_experts"),
-    "CGC": _mlp(mlp_baselines.cgc, False, **_GROUPS),
-    "STEM": _mlp(mlp_baselines.stem, True, **_GROUPS),
-    "AdaTT": _mlp(mlp_baselines.adatt, True, **_GROUPS),
-    "FT-Transformer": _transformer(ft_transformer.FTTransformer),
-    "TabTransformer": _transformer(tab_transformer.TabTransformer),
-    "SAINT": _transformer(saint.SAINT),
-}
-SINGLE_TASK = ("single-task MLP", "FT-Transformer", "TabTransformer", "SAINT")
 DEFAULT_MODELS = tuple(MODELS)[:6]
+SMOKE_MODELS = ("single-task MLP", "PLE", "MultiTab-Net", "MultiTab-Net, one token")
 BENCH_MODELS = ("single-task MLP", "MultiTab-Net", "MultiTab-Net, one token")
 CONFLICT_MODEL = "MultiTab-Net"
 EMBEDDED = ("flights", "bench")
@@ -319,7 +192,7 @@ def flight_findings(tasks, outcomes: Mapping[str, compare.Outcome], gains: Mappi
         claim = "MultiTab-Net gains over single-task MLPs"
         reason = f"Delta_m {gain.mean:+.2f} ± {gain.stderr:.2f} %"
         findings.append(
-            report.Finding(claim, "0 by definition", str(gain), compare.verdict(gain.mean, gain.stderr), reason)
+            report.Finding(claim, "0 by definition", str(gain), compare.verdict(gain.mean, gain.stderr, gain.n), reason)
         )
     others = [name for name in ("shared bottom", "MMoE", "PLE", "STEM") if name in outcomes]
     if "MultiTab-Net" in outcomes and others:
@@ -394,12 +267,13 @@ def sweep_bench(config: Config, args: Train, run: pathlib.Path, names: Sequence[
         ours = ", ".join(f"T={t}: {gap.mean():+.4f}" for t, gap in zip(config.bench_tasks, gaps, strict=True))
         reason = f"gap at T={config.bench_tasks[-1]} minus gap at T={config.bench_tasks[0]}: {mean:+.4f} ± {se:.4f}"
         claim = "the gap grows with the number of tasks"
-        findings.append(report.Finding(claim, "-", ours, compare.verdict(mean, se), reason))
+        findings.append(report.Finding(claim, "-", ours, compare.verdict(mean, se, config.seeds), reason))
     return rows, findings or [report.Finding("your own comparison", "-", "-", None, "no claim was tested")]
 
 
 def chosen_models(args: Train) -> tuple[str, ...]:
-    names = args.models or (BENCH_MODELS if args.data == "bench" else DEFAULT_MODELS)
+    default = SMOKE_MODELS if args.preset == "smoke" else DEFAULT_MODELS
+    names = args.models or (BENCH_MODELS if args.data == "bench" else default)
     unknown = [name for name in names if name not in MODELS]
     if unknown:
         raise ValueError(f"--models: unknown {', '.join(unknown)}; choose from: {', '.join(MODELS)}")
@@ -459,7 +333,9 @@ def train(args: Train) -> int:
         provenance=where,
         details=settings | {"config": dataclasses.asdict(config)},
     )
-    shown = {row["task"]: row["metric"] for row in reversed(rows)}
+    # Tasks differ along the sweep, so it shows their mean; otherwise the first metric of each task, its main one.
+    sweep = {compare.MEAN_CELL[0]: compare.MEAN_CELL[1]} if args.data == "bench" else None
+    shown = sweep or {row["task"]: row["metric"] for row in reversed(rows)}
     tables.print_report(result, metrics=shown)
     paths = [result.write(run / "report.json")]
     if args.preset != "smoke" and args.data in EMBEDDED and not args.models and not args.set:

@@ -147,6 +147,8 @@ def from_weighting(weighting: Weighting, is_shared: Any = True) -> Method:
     def update_fn(jacobian, state, params=None, *, losses=None, **extra):
         del extra  # optax asks to ignore what other transforms of a chain need
         num_tasks = gradients.num_rows(jacobian)
+        if params is not None:
+            check_row_shapes(jacobian, params)
         if losses is None and weighting.needs_losses:
             raise ValueError(
                 "This method weighs tasks by their losses: call update(jacobian, state, params, losses=losses)"
@@ -165,6 +167,21 @@ def from_weighting(weighting: Weighting, is_shared: Any = True) -> Method:
     method.weighting = weighting
     method.is_shared = is_shared
     return method
+
+
+def check_row_shapes(jacobian: PyTree, params: PyTree) -> None:
+    """Raises a ValueError if a leaf is not [K, *parameter shape], e.g. the gradient of a sum instead of K gradients."""
+
+    def check(path, param, rows):
+        if jnp.shape(rows)[1:] != jnp.shape(param):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            expected = ", ".join(map(str, ("K", *jnp.shape(param))))
+            raise ValueError(
+                f"The Jacobian of parameter '{name}' must have shape ({expected}), got {jnp.shape(rows)}. "
+                "Use value_and_jacobian, not jax.grad, to get per-task gradients"
+            )
+
+    jax.tree_util.tree_map_with_path(check, params, jacobian)
 
 
 # Shared and task-specific parameters.

@@ -21,7 +21,7 @@ class _ActiveSet(NamedTuple):
     step: jax.Array
 
 
-def nonnegative_qp(a: jax.Array, b: jax.Array, *, tolerance: float = 4.0, ridge: float = 4.0) -> jax.Array:
+def nonnegative_qp(a: jax.Array, b: jax.Array, *, tolerance: float = 8.0, ridge: float = 4.0) -> jax.Array:
     r"""argmin_{x >= 0} 1/2 x^T A x - b^T x for a positive semidefinite A f32[K, K] with A_kk of order one.
 
     The active-set method of Lawson and Hanson: coordinates enter one at a time by the largest positive multiplier and
@@ -94,7 +94,7 @@ def min_norm_weights(gramian: jax.Array) -> jax.Array:
     |d| <= s <= sum_k w_k n_k; as |d| <= min_k n_k <= sum_k w_k n_k, s = min_k n_k always serves.
 
     The Gramian itself sets the accuracy: inner products known to eps n_i n_j leave |d|^2 undetermined by about
-    eps (sum_k w_k n_k)^2. The result satisfies, with w* and d* the exact solution and C below 16 (measured),
+    eps (sum_k w_k n_k)^2. The result satisfies, with w* and d* the exact solution and C < 16 (measured: 6),
     |d| <= |d*| + sqrt(C eps a (a + a*)),  a = sum_k w_k n_k,  a* = sum_k w*_k n_k.
 
     Args:

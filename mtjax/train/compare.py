@@ -16,6 +16,9 @@ from mtjax.train.loop import Fit
 from mtjax.train.report import Finding, Row, delta_rows, format_mean, result_rows
 from mtjax.train.select import Choice
 
+MEAN_CELL = ("mean over tasks", "main metric")
+"""Task and metric of the rows that hold the mean over tasks of the main metric (signed: larger is better)."""
+
 
 @dataclasses.dataclass
 class Outcome:
@@ -41,7 +44,7 @@ class Outcome:
 def outcome_rows(
     tasks: Sequence[Task], outcomes: Mapping[str, Outcome], baseline: str, note: str = ""
 ) -> tuple[list[Row], dict[str, DeltaM]]:
-    """Report rows of all metrics and of Delta_m on the main metrics, and the Delta_m of every model.
+    """Report rows of all metrics, of their mean over tasks and of Delta_m on the main metrics; Delta_m of every model.
 
     Args:
       tasks: the tasks.
@@ -63,6 +66,8 @@ def outcome_rows(
         }
         for row in result_rows(name + note, outcome.test, baseline=baseline + note, **extra):
             rows.append(row | {"higher_is_better": directions[row["task"]][row["metric"]]})
+        mean = {MEAN_CELL[0]: {MEAN_CELL[1]: outcome.score(tasks)}}
+        rows += [row | {"higher_is_better": True} for row in result_rows(name + note, mean, baseline=baseline + note)]
     if baseline not in outcomes:
         return rows, {}
     main = {task.name: task.main_metric for task in tasks}
@@ -81,9 +86,18 @@ def mean_and_se(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(spread)
 
 
-def verdict(mean: float, se: float) -> bool | None:
-    """True or False if the mean is more than two standard errors from zero, else None: this run cannot tell."""
-    return None if not abs(mean) > 2 * se else mean > 0
+def verdict(mean: float, se: float, n: int, confidence: float = 0.95) -> bool | None:
+    """Whether a paired difference over n seeds is positive, by a two-sided t-test.
+
+    Returns:
+      True or False if the mean differs from zero at that confidence, None if this run cannot tell (always with one
+      seed). With few seeds that takes more than "two standard errors": 4.3 of them with three seeds.
+    """
+    from scipy import stats
+
+    if n < 2 or not abs(mean) > stats.t.ppf((1 + confidence) / 2, n - 1) * se:
+        return None
+    return mean > 0
 
 
 def beats(
@@ -94,4 +108,4 @@ def beats(
     mean, se = mean_and_se(ours - theirs)
     reason = f"{where}: mean main metric differs by {mean:+.4f} ± {se:.4f} over paired seeds"
     baseline = f"{other}: {format_mean(*mean_and_se(theirs))}"
-    return Finding(claim, baseline, format_mean(*mean_and_se(ours)), verdict(mean, se), reason)
+    return Finding(claim, baseline, format_mean(*mean_and_se(ours)), verdict(mean, se, ours.size), reason)

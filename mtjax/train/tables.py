@@ -123,7 +123,7 @@ def _columns(rows: Sequence[Row], models: Sequence[str], metrics: Mapping[str, s
     ]
     baselines = {str(row["baseline"]) for row in rows if (row["task"], row["metric"]) == DELTA_CELL}
     if baselines:
-        header = f"Δm %\nvs {', '.join(sorted(baselines))}"
+        header = f"Δm %\nvs {baselines.pop() if len(baselines) == 1 else 'own baseline'}"
         columns.append(_Column(header, [_percent(cells.get((model, *DELTA_CELL))) for model in models]))
     for key, header in (("params", "parameters"), ("rows_per_s", "rows/s")):
         values = {row["model"]: f"{row[key]:,.0f}" for row in rows if row.get(key) is not None}
