@@ -14,7 +14,7 @@ from mtjax import _compat
 _compat.check_jaxlib()
 
 from mtjax import losses, metrics, optim
-from mtjax.delta import DeltaM, delta_m
+from mtjax.delta import DeltaM, delta_m, delta_table
 from mtjax.gradients import (
     Conflict,
     combine,
@@ -34,6 +34,7 @@ __all__ = [
     "combine",
     "conflict",
     "delta_m",
+    "delta_table",
     "gramian",
     "head_sizes",
     "losses",

@@ -74,6 +74,7 @@ def delta_m(
     directions: "Directions | Sequence[Task]",
     *,
     warn_above: float = 50.0,
+    near_zero: float = 0.05,
 ) -> DeltaM:
     """Gain of `results` over `baseline` in percent, averaged over metrics, then tasks, then seeds.
 
@@ -84,6 +85,8 @@ def delta_m(
       directions: task -> metric -> higher_is_better, or the tasks themselves, whose metrics know their direction. May
         hold more tasks and metrics than the results.
       warn_above: a relative change beyond this many percent in any seed is reported as a baseline near zero.
+      near_zero: so is a baseline below this value, for metrics of which more is better: these are scores whose best
+        value is 1 (AUROC, explained variance, ...), while errors have units and no such scale.
 
     Returns:
       The gain. Metrics that do not differ gain 0, also where the baseline is 0; any other change from a baseline of 0
@@ -116,11 +119,12 @@ def delta_m(
                 )
             change = _relative_change(new, old)
             relative.append(100 * sign * change)
-            if (np.abs(change) * 100 > warn_above).any():
+            tiny_score = sign > 0 and abs(old.mean()) < near_zero and (change != 0).any()
+            if tiny_score or (np.abs(change) * 100 > warn_above).any():
                 sentences.append(
                     f"Task '{task}', metric '{metric}': the baseline ({old.mean():.4g}) is near zero beside the "
                     f"difference to it ({(new - old).mean():+.4g}), so the relative change "
-                    f"({100 * sign * change.mean():+.0f} %) is unstable and dominates Delta_m; compare the values"
+                    f"({100 * sign * change.mean():+.0f} %) is unstable and may dominate Delta_m; compare the values"
                 )
         gains[task] = _stack(relative, f"the metrics of task '{task}'").mean(axis=0)
     for sentence in sentences:
@@ -140,6 +144,7 @@ def delta_table(
     directions: "Directions | Sequence[Task]",
     *,
     warn_above: float = 50.0,
+    near_zero: float = 0.05,
 ) -> dict[str, DeltaM]:
     """Gain of every model over one of them, named: `delta_table({...}, "single-task MLP", tasks)`.
 
@@ -147,7 +152,7 @@ def delta_table(
       models: model name -> its results, as in `delta_m`.
       baseline: name of the model that the others are compared with; its own gain is 0.
       directions: as in `delta_m`.
-      warn_above: as in `delta_m`.
+      warn_above, near_zero: as in `delta_m`.
 
     Returns:
       Model name -> gain, in the order of `models`.
@@ -160,7 +165,7 @@ def delta_table(
     table = {}
     for name, results in models.items():
         try:
-            table[name] = delta_m(results, models[baseline], directions, warn_above=warn_above)
+            table[name] = delta_m(results, models[baseline], directions, warn_above=warn_above, near_zero=near_zero)
         except ValueError as error:
             raise ValueError(f"Model '{name}' against '{baseline}': {error}") from error
     return table

@@ -86,9 +86,8 @@ def test_units_and_order_change_nothing(results, data):
         return values * unit[task, metric]
 
     order = data.draw(st.permutations(list(DIRECTIONS)))
-    other = delta_m(
-        like({t: results[t] for t in order}, rescaled), like({t: baseline[t] for t in order}, rescaled), DIRECTIONS
-    )
+    scaled = [like({t: values[t] for t in order}, rescaled) for values in (results, baseline)]
+    other = delta_m(*scaled, DIRECTIONS, near_zero=0.0)  # a score in other units may look near zero
     assert (other.mean, other.stderr) == pytest.approx((gain.mean, gain.stderr), nan_ok=True, rel=1e-6, abs=1e-9)
     for task in DIRECTIONS:
         assert other.per_task[task] == pytest.approx(gain.per_task[task], nan_ok=True, rel=1e-6, abs=1e-9)
@@ -99,6 +98,15 @@ def test_near_zero_baseline_warns_with_task_and_metric():
         gain = delta_m({"c": {"r2": 0.04}, "b": {"rmse": 1.0}}, {"c": {"r2": 0.01}, "b": {"rmse": 1.0}}, DIRECTIONS)
     assert gain.mean == pytest.approx(150.0)
     assert len(gain.warnings) == 1 and "Task 'c'" in gain.warnings[0]
+
+
+def test_a_small_score_is_near_zero_but_a_small_error_is_not():
+    """An explained variance of 0.02 has the scale of 1; an RMSE of 0.02 has a unit, and may be large."""
+    with pytest.warns(UserWarning, match=r"Task 'c', metric 'r2': the baseline \(0.02\) is near zero"):
+        delta_m({"c": {"r2": 0.021}}, {"c": {"r2": 0.02}}, DIRECTIONS)
+    assert delta_m({"c": {"r2": 0.02}}, {"c": {"r2": 0.02}}, DIRECTIONS).warnings == ()
+    assert delta_m({"b": {"rmse": 0.021}}, {"b": {"rmse": 0.02}}, DIRECTIONS).warnings == ()
+    assert delta_m({"c": {"r2": 0.021}}, {"c": {"r2": 0.02}}, DIRECTIONS, near_zero=0.01).warnings == ()
 
 
 def test_a_single_noisy_seed_is_enough_for_the_warning():

@@ -24,8 +24,8 @@ def mgda(normalize: Literal["none", "l2", "loss", "loss+"] = "none") -> Method:
         code.
 
     Returns:
-      A `Method`. Zero gradients take all the weight (d = 0: such a point is stationary); for 'l2' and 'loss+' their
-      direction is undefined and they count as zero too.
+      A `Method`. Zero gradients take all the weight (d = 0: such a point is stationary), also that of a task without
+      any label in the batch. Gradients whose divisor is zero count as zero, and take it too.
 
     Raises:
       ValueError: for another `normalize`.

@@ -33,7 +33,7 @@ def tokens_by_hand(p, batch, cardinalities, num_numeric):
     return np.array(rows)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(
     cardinalities=st.lists(st.integers(1, 3), max_size=2),
     num_numeric=st.integers(0, 2),
