@@ -26,7 +26,7 @@ def rms_norm_by_hand(x, scale):
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6) * scale[None, :]
 
 
-# flax multiplies by its own scale before anything else, which happens to dodge the faulty fusion: without it, it is hit.
+# With a scale of its own flax happens to dodge the faulty fusion; without it, it is hit.
 def flax_layer_norm(x, scale):
     return nn.LayerNorm(use_scale=False, use_bias=False).apply({}, x) * scale[None, :]
 

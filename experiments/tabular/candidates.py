@@ -52,6 +52,14 @@ class Config:
     bench_features: int = 16
     train: TrainConfig = DEMO_TRAIN
 
+    def __post_init__(self):
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be >= 1, got {self.seeds}")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ValueError(f"learning_rates must hold at least one number > 0, got {self.learning_rates}")
+        if self.rows is not None and (len(self.rows) != 3 or min(self.rows) < 1):
+            raise ValueError(f"rows must be (train, validation, test) or None, got {self.rows}")
+
 
 DEMO = Config()
 SMOKE = Config(

@@ -10,12 +10,19 @@ Results: experiments/results/multitab.json, experiments/results/multitab_bench.j
 """
 
 import dataclasses
+import difflib
 import json
+import os
 import pathlib
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
+
+# jax 0.10.1 prints a harmless E-level message of XLA whenever it finds a compiled program in its cache. The level is
+# read when jax is imported; Python exceptions and XLA's fatal messages come through as ever.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import numpy as np
@@ -26,17 +33,25 @@ from mtjax import data as sources
 from mtjax import plots
 from mtjax.data import frames
 from mtjax.models import mlp_baselines
-from mtjax.train import checkpoint, compare, evaluate, loop, report, select, tables
-from mtjax.train.config import override
+from mtjax.train import checkpoint, command, compare, evaluate, loop, report, select, tables
+from mtjax.train.config import from_json, override
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BASELINE = "single-task MLP"
+
+
+def is_shared(path: str) -> bool:
+    """Whether the parameter at a "/"-joined path belongs to several tasks: all but the heads."""
+    return "heads" not in path.split("/")
+
+
 METHODS = {
     "sum": lambda: mtjax.optim.linear("sum"),
     "mean": lambda: mtjax.optim.linear("mean"),
     "uncertainty": mtjax.optim.uncertainty,
-    "pcgrad": mtjax.optim.pcgrad,
-    "mgda": mtjax.optim.mgda,
+    # Gradient surgery and MGDA are defined on shared parameters; heads follow their own tasks.
+    "pcgrad": lambda: mtjax.optim.on_shared(mtjax.optim.pcgrad(), is_shared),
+    "mgda": lambda: mtjax.optim.on_shared(mtjax.optim.mgda(), is_shared),
 }
 DEFAULT_MODELS = tuple(MODELS)[:6]
 SMOKE_MODELS = ("single-task MLP", "PLE", "MultiTab-Net", "MultiTab-Net, one token")
@@ -75,7 +90,8 @@ class Train:
     run: pathlib.Path | None = None
     """Run directory; by default a new one under runs/multitab."""
     resume: bool = False
-    """Go on with an interrupted run: that of --run, by default the newest one."""
+    """Go on with an interrupted run, with the options that it was started with: that of --run, by default the newest
+    one."""
     set: Annotated[tuple[str, ...], "FIELD=VALUE"] = ()
     """Override configuration fields, e.g. --set width=16 train.batch_size=1024."""
     tensorboard: bool = False
@@ -108,13 +124,13 @@ def load(args: Train, config: Config) -> Any:
         return sources.flights.load(rows=config.rows)
     if name in FILES:
         return FILES[name](args.path)
-    if not pathlib.Path(name).exists():
+    if not pathlib.Path(name).is_file():
         raise ValueError(f"--data {name}: no such file, and not one of {', '.join((*EMBEDDED, *FILES))}")
     if not args.targets:
         raise ValueError("--data with a file of your own needs --targets, e.g. --targets price:regression churn:binary")
     kinds = dict(target.rpartition(":")[::2] for target in args.targets)
-    if "" in kinds:
-        raise ValueError(f"--targets takes name:kind pairs, got {' '.join(args.targets)}")
+    if "" in kinds or len(kinds) < len(args.targets):
+        raise ValueError(f"--targets takes one name:kind pair for each target, got {' '.join(args.targets)}")
     options = {"categorical": args.categorical} if args.categorical else {}
     return sources.TabularDataset.from_path(name, kinds, ignore=args.ignore, **options)
 
@@ -161,16 +177,17 @@ def compare_models(
     data: Any, config: Config, args: Train, run: pathlib.Path, names: Sequence[str], note: str = ""
 ) -> dict:
     """Runs every model; returns name -> Outcome, without the models after an interruption."""
-    (run / "encoder.json").write_text(data.encoder.to_json())
-    (run / "tasks.json").write_text(json.dumps([task.to_json() for task in data.tasks]))
+    command.write_same(run / "encoder.json", data.encoder.to_json(), resume=args.resume)
+    tasks = json.dumps([task.to_json() for task in data.tasks])
+    command.write_same(run / "tasks.json", tasks, resume=args.resume)
     outcomes = {}
     for name in names:
         outcome = run_model(name, data, config, args, run / "models" / slug(name), name + note)
         if outcome is None:
             break
         outcomes[name] = outcome
-        if sys.stdout.isatty() is False:
-            print(f"{name}{note}: done", flush=True)
+        score, rate = outcome.choice.validation_score, sorted(set(outcome.choice.learning_rates))
+        print(f"{name}{note}: validation score {score:.4f} at rate {', '.join(f'{r:g}' for r in rate)}", flush=True)
     scores = {name: outcome.choice.validation_score for name, outcome in outcomes.items()}
     (run / "scores.json").write_text(json.dumps(scores))
     return outcomes
@@ -229,16 +246,19 @@ def draw(run: pathlib.Path, data: Any, outcomes: Mapping[str, compare.Outcome], 
             continue
         params = jax.tree.map(lambda leaf: leaf[0], outcome.choice.params(outcome.fitted))
         rows = {key: data.test[key][:2048] for key in ("categorical", "numeric")}
-        aux = outcome.model.apply({"params": params}, rows, aux=True)[1]["expert_use"]
-        levels = aux.items()
+        apply = jax.jit(lambda params, rows, model=outcome.model: model.apply({"params": params}, rows, aux=True))
+        levels = apply(params, rows)[1]["expert_use"].items()
         use |= {name if len(levels) == 1 else f"{name}, {level}": np.asarray(u.importance) for level, u in levels}
     if use:
         plots.save(plots.expert_use(use, [task.name for task in tasks]), folder / "expert_use.png")
 
 
 def sweep_bench(config: Config, args: Train, run: pathlib.Path, names: Sequence[str]):
-    """MultiTab-Bench with a growing number of tasks: the gap between a token per task and one token."""
-    rows, gaps, seen = [], [], {}
+    """MultiTab-Bench with a growing number of tasks: the gap between a token per task and one token.
+
+    Returns (rows, findings), or None if a signal interrupted the training.
+    """
+    rows, seen = [], {}
     for num_tasks in config.bench_tasks:
         bench = sources.MultiTabBench(num_tasks=num_tasks, num_features=config.bench_features, standardize=True)
         data = bench.dataset(*(config.rows or (1_000_000, 100_000, 100_000)))
@@ -252,23 +272,27 @@ def sweep_bench(config: Config, args: Train, run: pathlib.Path, names: Sequence[
         rows += [row | {"num_tasks": num_tasks} for row in new_rows]
         draw(directory, data, outcomes, gains)
         seen[num_tasks] = (data.tasks, outcomes)
-        if {"MultiTab-Net", "MultiTab-Net, one token"} <= outcomes.keys():
-            gaps.append(
-                outcomes["MultiTab-Net"].score(data.tasks) - outcomes["MultiTab-Net, one token"].score(data.tasks)
-            )
-    findings = []
+    return rows, sweep_findings(seen)
+
+
+def sweep_findings(seen: Mapping[int, tuple[Sequence[mtjax.Task], Mapping[str, compare.Outcome]]]):
+    """The claim for every number of tasks, and whether the gap is larger for the last number than for the first."""
+    pair = ("MultiTab-Net", "MultiTab-Net, one token")
+    seen = {num_tasks: found for num_tasks, found in seen.items() if set(pair) <= found[1].keys()}
+    findings, gaps = [], {}
     for num_tasks, (tasks, outcomes) in seen.items():
         claim = f"a token per task beats one token for all, {num_tasks} tasks"
-        pair = ("MultiTab-Net", "MultiTab-Net, one token")
-        if set(pair) <= outcomes.keys():
-            findings.append(compare.beats(claim, tasks, outcomes, *pair, f"{num_tasks} tasks"))
+        findings.append(compare.beats(claim, tasks, outcomes, *pair, f"{num_tasks} tasks"))
+        gaps[num_tasks] = outcomes[pair[0]].score(tasks) - outcomes[pair[1]].score(tasks)
     if len(gaps) > 1:
-        mean, se = compare.mean_and_se(gaps[-1] - gaps[0])
-        ours = ", ".join(f"T={t}: {gap.mean():+.4f}" for t, gap in zip(config.bench_tasks, gaps, strict=True))
-        reason = f"gap at T={config.bench_tasks[-1]} minus gap at T={config.bench_tasks[0]}: {mean:+.4f} ± {se:.4f}"
-        claim = "the gap grows with the number of tasks"
-        findings.append(report.Finding(claim, "-", ours, compare.verdict(mean, se, config.seeds), reason))
-    return rows, findings or [report.Finding("your own comparison", "-", "-", None, "no claim was tested")]
+        first, last = min(gaps), max(gaps)
+        growth = gaps[last] - gaps[first]
+        mean, se = compare.mean_and_se(growth)
+        ours = ", ".join(f"T={num_tasks}: {gap.mean():+.4f}" for num_tasks, gap in gaps.items())
+        reason = f"gap at T={last} minus gap at T={first}: {mean:+.4f} ± {se:.4f}"
+        holds = compare.verdict(mean, se, growth.size)
+        findings.append(report.Finding("the gap grows with the number of tasks", "-", ours, holds, reason))
+    return findings or [report.Finding("your own comparison", "-", "-", None, "no claim of the paper was tested")]
 
 
 def chosen_models(args: Train) -> tuple[str, ...]:
@@ -276,38 +300,43 @@ def chosen_models(args: Train) -> tuple[str, ...]:
     names = args.models or (BENCH_MODELS if args.data == "bench" else default)
     unknown = [name for name in names if name not in MODELS]
     if unknown:
-        raise ValueError(f"--models: unknown {', '.join(unknown)}; choose from: {', '.join(MODELS)}")
+        near = difflib.get_close_matches(unknown[0], MODELS, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise ValueError(f"--models: there is no '{unknown[0]}'; {hint}--models list names all of them")
     return tuple(names)
 
 
-def run_directory(args: Train) -> pathlib.Path:
-    """The directory of this run: given, the newest (with --resume), or a new one."""
+def settle(args: Train) -> tuple[Train, pathlib.Path]:
+    """The arguments with their defaults filled in, and the run directory."""
     base = pathlib.Path("runs") / "multitab"
-    if args.run is not None:
-        return args.run
+    if args.data is not None and pathlib.Path(args.data).is_file():
+        args = dataclasses.replace(args, data=str(pathlib.Path(args.data).resolve()))
     if args.resume:
-        found = sorted(path.parent for path in base.glob("*/run.json"))
-        if not found:
-            raise ValueError(f"--resume: there is no run under {base}; name one with --run")
-        return found[-1]
-    return base / time.strftime("%Y%m%d-%H%M%S")
+        run = args.run or command.newest_run(base)
+        return command.resumed_arguments(args, run, apart=("run", "resume", "tensorboard")), run
+    run = args.run or base / time.strftime("%Y%m%d-%H%M%S")
+    command.refuse_run(run)
+    return dataclasses.replace(args, data=args.data or ("higgs" if args.preset == "paper" else "flights")), run
 
 
 def train(args: Train) -> int:
     """Runs the comparison; returns the exit status."""
     began = time.perf_counter()
-    args.data = args.data or ("higgs" if args.preset == "paper" else "flights")
+    if args.models == ("list",):
+        print("\n".join(MODELS))
+        return 0
+    args, run = settle(args)
     config = override(PRESETS[args.preset], args.set)
     if args.seeds is not None:
         config = dataclasses.replace(config, seeds=args.seeds)
     if args.method not in METHODS:
         raise ValueError(f"--method {args.method}: choose one of {', '.join(METHODS)}")
     names = chosen_models(args)
-    run = run_directory(args)
-    run.mkdir(parents=True, exist_ok=True)
     where = report.provenance(outputs=[run, ROOT / "results"])
     settings = {"preset": args.preset, "data": args.data, "method": args.method, "models": list(names)}
-    (run / "run.json").write_text(json.dumps(settings | {"config": dataclasses.asdict(config)}, indent=2))
+    settings["config"] = dataclasses.asdict(config)
+    data = None if args.data == "bench" else load(args, config)
+    command.write_run(run, args, **settings)
 
     if args.data == "bench":
         system, outcome = "multitab_bench", sweep_bench(config, args, run, names)
@@ -315,12 +344,15 @@ def train(args: Train) -> int:
             return interrupted(run)
         rows, findings = outcome
     else:
-        system, data = "multitab", load(args, config)
+        system = "multitab"
         print(data.summary(), flush=True)
         outcomes = compare_models(data, config, args, run, names)
         if len(outcomes) < len(names):
             return interrupted(run)
         rows, gains = compare.outcome_rows(data.tasks, outcomes, BASELINE)
+        warnings = {text.partition(":")[0]: text for gain in gains.values() for text in gain.warnings}
+        for text in warnings.values():  # one for each task is enough
+            print(f"note      {text}")
         findings = flight_findings(data.tasks, outcomes, gains)
         draw(run, data, outcomes, gains)
     result = report.from_findings(
@@ -331,36 +363,41 @@ def train(args: Train) -> int:
         wall_s=round(time.perf_counter() - began, 1),
         rows=rows,
         provenance=where,
-        details=settings | {"config": dataclasses.asdict(config)},
+        details=settings,
     )
     # Tasks differ along the sweep, so it shows their mean; otherwise the first metric of each task, its main one.
     sweep = {compare.MEAN_CELL[0]: compare.MEAN_CELL[1]} if args.data == "bench" else None
     shown = sweep or {row["task"]: row["metric"] for row in reversed(rows)}
     tables.print_report(result, metrics=shown)
     paths = [result.write(run / "report.json")]
-    if args.preset != "smoke" and args.data in EMBEDDED and not args.models and not args.set:
+    if is_default(args) and args.preset != "smoke" and args.data in EMBEDDED:
         paths.append(result.write(ROOT / "results" / f"{system}.json"))
     print(f"Report: {', '.join(map(str, paths))}\nFigures: {run / 'figures'}")
     return 0
 
 
+def is_default(args: Train) -> bool:
+    """Whether this is what the script's card promises: results of other settings stay in their run directory."""
+    fields = {field.name: field.default for field in dataclasses.fields(args)}
+    return all(getattr(args, name) == fields[name] for name in ("models", "method", "seeds", "set"))
+
+
 def interrupted(run: pathlib.Path) -> int:
-    print(f"Interrupted and saved. Continue with: python {sys.argv[0]} --resume --run {run} (and the same options)")
-    return 130
+    again = shlex.join(["python", sys.argv[0], "--resume", "--run", str(run)])
+    print(f"Interrupted and saved. Go on with: {again}")
+    return command.INTERRUPTED
 
 
 def predict(args: Predict) -> int:
     """Writes the predictions of a trained model on new rows; returns the exit status."""
-    if not (args.run / "run.json").exists():
-        raise ValueError(f"--run {args.run}: not a run directory (it has no run.json)")
-    settings = json.loads((args.run / "run.json").read_text())
+    settings = command.read_run(args.run)
     scores = json.loads((args.run / "scores.json").read_text()) if (args.run / "scores.json").exists() else {}
     if not scores:
         raise ValueError(f"--run {args.run}: no model of this run has finished training")
     name = args.model or max(scores, key=scores.get)
     if name not in scores:
         raise ValueError(f"--model {name}: this run trained {', '.join(scores)}")
-    config = config_from_json(settings["config"])
+    config = from_json(Config, settings["config"])
     encoder = sources.TabularEncoder.from_json((args.run / "encoder.json").read_text())
     tasks = [mtjax.Task.from_json(fields) for fields in json.loads((args.run / "tasks.json").read_text())]
     rows = encoder.encode(frames.read_table(args.data), labels=False)
@@ -378,27 +415,15 @@ def predict(args: Predict) -> int:
     return 0
 
 
-def config_from_json(fields: Mapping[str, Any]) -> Config:
-    """A stored configuration (lists back to tuples)."""
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    return Config(**(fields | {"train": loop.TrainConfig(**fields["train"])}))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "mtjax" / "jax"))
-    if argv[:2] == ["--models", "list"]:
-        print("\n".join(MODELS))
-        return 0
-    try:
-        if argv[:1] == ["predict"]:
-            return predict(tyro.cli(Predict, args=argv[1:], prog="multitab.py predict"))
-        return train(tyro.cli(Train, args=argv, prog="multitab.py"))
-    except (ValueError, FileNotFoundError, loop.NonFiniteLossError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if argv[:1] == ["predict"]:
+        arguments = tyro.cli(Predict, args=argv[1:], prog="multitab.py predict")
+        return command.run_command(lambda: predict(arguments))
+    arguments = tyro.cli(Train, args=argv, prog="multitab.py")
+    return command.run_command(lambda: train(arguments))
 
 
 if __name__ == "__main__":

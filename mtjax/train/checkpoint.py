@@ -1,14 +1,16 @@
-"""Checkpoints of a run: orbax for the arrays, a JSON item beside them, and a checksum over both.
+"""Checkpoints of a run: orbax for the arrays, a JSON record beside them, and checksums over both.
 
 Orbax writes a checkpoint under a temporary name and renames it, so a killed process leaves no half checkpoint under a
-real name. What it does not notice is a file that was damaged later; the checksum does. A checkpoint that cannot be read
-or does not match is reported and the one before it is used.
+real name. What it does not notice is a file that was damaged later; the checksums do. A checkpoint that cannot be read
+or does not match is named in a warning, moved to `damaged_checkpoints` beside the others, and the one before it is
+used. If none is left, the run starts from the beginning: it ends in the same bits, only later.
 """
 
 import json
 import pathlib
 import warnings
 import zlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +37,26 @@ def _checksum(state: PyTree) -> int:
     return crc
 
 
+def _layout(state: PyTree) -> dict[str, str]:
+    """Path -> dtype and shape of every leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {
+        jax.tree_util.keystr(keys, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for keys, leaf in leaves
+    }
+
+
+def _check_layout(saved: Mapping[str, str], asked: Mapping[str, str]) -> None:
+    """Raises a ValueError that names leaves which differ."""
+    differing = [path for path in sorted(saved.keys() | asked.keys()) if saved.get(path) != asked.get(path)]
+    if differing:
+        lines = [f"  {path}: saved {saved.get(path, 'no')}, now {asked.get(path, 'no')}" for path in differing[:5]]
+        more = [f"  ... and {len(differing) - 5} more"] if len(differing) > 5 else []
+        raise ValueError(
+            "The checkpoint is of another model, optimizer or method: its arrays differ\n" + "\n".join(lines + more)
+        )
+
+
 class Checkpoints:
     """The checkpoints of one run directory.
 
@@ -50,14 +72,10 @@ class Checkpoints:
             raise ValueError(f"max_to_keep must be >= 2 (a spare for a damaged checkpoint), got {max_to_keep}")
         self._ocp = ocp
         self.directory = pathlib.Path(directory).resolve()  # orbax fails late, in a thread, on relative paths
-        self._max_to_keep = max_to_keep
-        self._manager = self._open()
-
-    def _open(self):
-        ocp = self._ocp
-        return ocp.CheckpointManager(
+        self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=self._max_to_keep, create=True),
+            # What a killed process was writing is cleaned up at the next start.
+            options=ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True, cleanup_tmp_directories=True),
             item_names=("state", "record"),
         )
 
@@ -66,7 +84,8 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         ocp = self._ocp
-        record = {"checksum": _checksum(state), "content": json.dumps(record)}
+        content = json.dumps({"record": record, "layout": _layout(state), "checksum": _checksum(state)})
+        record = {"content": content, "checksum": zlib.crc32(content.encode())}
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
         self._manager.save(step, args=arguments, force=True)
 
@@ -74,32 +93,60 @@ class Checkpoints:
         """The newest step on disk, readable or not."""
         return self._manager.latest_step()
 
-    def restore(self, target: PyTree) -> Restored | None:
+    def restore(
+        self, target: PyTree, *, check: Callable[[Mapping[str, Any]], None] = lambda record: None
+    ) -> Restored | None:
         """The newest readable checkpoint, or None if there is none.
 
         Args:
           target: a pytree of arrays with the structure, shapes and dtypes to restore.
+          check: called with the record of the newest checkpoint whose record is readable; raises if it is of another
+            run, which is no damage: nothing is moved.
 
-        Damaged checkpoints are named in a warning, removed, and skipped.
+        Raises:
+          ValueError: if the checkpoint holds other arrays than `target`, or whatever `check` raises.
         """
         ocp = self._ocp
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore())
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step, before in zip(steps, [*steps, None][1:], strict=True):
             try:
-                loaded = self._manager.restore(step, args=arguments)
-                if _checksum(loaded.state) != loaded.record["checksum"]:
-                    raise ValueError("its contents do not match its checksum")
-                return Restored(step, loaded.state, json.loads(loaded.record["content"]))
+                content = self._read_record(step)
             except Exception as error:  # orbax and tensorstore raise many types for damaged files
-                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-                warnings.warn(
-                    f"Checkpoint {step} in {self.directory} is damaged ({reason}); trying the one before it",
-                    stacklevel=2,
-                )
-                # Out of the way: a later save of the same step must be able to write it again.
-                self._manager.delete(step)
+                self._put_aside(step, before, error)
+                continue
+            # Not damage, but another run: errors go to the caller.
+            check(content["record"])
+            _check_layout(content["layout"], _layout(target))
+            try:
+                arguments = ocp.args.Composite(state=ocp.args.StandardRestore(template))
+                state = self._manager.restore(step, args=arguments).state
+                # Without some of its files orbax gives random keys as plain integers: same bytes, another layout.
+                if _layout(state) != content["layout"] or _checksum(state) != content["checksum"]:
+                    raise ValueError("its arrays do not match their checksum")
+            except Exception as error:
+                self._put_aside(step, before, error)
+                continue
+            return Restored(step, state, content["record"])
         return None
+
+    def _read_record(self, step: int) -> dict[str, Any]:
+        arguments = self._ocp.args.Composite(record=self._ocp.args.JsonRestore())
+        record = self._manager.restore(step, args=arguments).record
+        if zlib.crc32(record["content"].encode()) != record["checksum"]:
+            raise ValueError("its record does not match its checksum")
+        return json.loads(record["content"])
+
+    def _put_aside(self, step: int, before: int | None, error: Exception) -> None:
+        """Warns, and moves a damaged checkpoint, so that a later save of the same step can write it again."""
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        then = "there is none before it: starting from the beginning" if before is None else f"trying step {before}"
+        warnings.warn(f"Checkpoint {step} in {self.directory} is damaged ({reason}); {then}", stacklevel=3)
+        folder = self.directory.parent / "damaged_checkpoints"
+        folder.mkdir(exist_ok=True)
+        place = next(p for n in range(1, 10_000) if not (p := folder / f"{step}.{n}").exists())
+        (self.directory / str(step)).rename(place)
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits for saves under way."""

@@ -4,6 +4,7 @@ Letters: S seeds (paired: entry s of every model comes from the same seed), K ta
 """
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ def outcome_rows(
       note: appended to the names of models.
 
     Returns:
-      The rows and model -> Delta_m.
+      The rows and model -> Delta_m (whose `warnings` name baselines near zero; none is issued).
     """
     directions = {task.name: {m.name: m.higher_is_better for m in task.metrics} for task in tasks}
     rows = []
@@ -76,7 +77,9 @@ def outcome_rows(
         for name, outcome in outcomes.items()
     }
     ways = {task: {metric.name: metric.higher_is_better} for task, metric in main.items()}
-    gains = delta_table(results, baseline + note, ways)
+    with warnings.catch_warnings():  # the sentences are in the gains; a report prints them once
+        warnings.simplefilter("ignore", UserWarning)
+        gains = delta_table(results, baseline + note, ways)
     return rows + delta_rows(gains, baseline + note), gains
 
 

@@ -1,4 +1,4 @@
-"""Configurations are frozen dataclasses; this overrides their fields by name from the command line.
+"""Configurations are frozen dataclasses; their fields are overridden by name from the command line.
 
 >>> import dataclasses
 >>> @dataclasses.dataclass(frozen=True)
@@ -10,6 +10,8 @@
 ...     inner: Inner = Inner()
 >>> override(Config(), ["width=16", "inner.rate=1e-3"])
 Config(width=16, inner=Inner(rate=0.001))
+>>> from_json(Config, {"width": 4, "inner": {"rate": 0.5}})
+Config(width=4, inner=Inner(rate=0.5))
 """
 
 import ast
@@ -17,8 +19,20 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+
+def from_json(cls: type, fields: Mapping[str, Any]) -> Any:
+    """A (nested) dataclass from the JSON form of `dataclasses.asdict`: lists become tuples again."""
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _value_from_json(hints[name], value) for name, value in fields.items()})
+
+
+def _value_from_json(expected: Any, value: Any) -> Any:
+    if isinstance(value, Mapping) and dataclasses.is_dataclass(expected):
+        return from_json(expected, value)
+    return tuple(_value_from_json(None, item) for item in value) if isinstance(value, list) else value
 
 
 def override(config: Any, assignments: Sequence[str]) -> Any:
@@ -58,8 +72,12 @@ def _replace(config: Any, names: Sequence[str], value: Any, path: str) -> Any:
             raise ValueError(f"--set {path}: '{names[0]}' has no fields of its own")
         return dataclasses.replace(config, **{names[0]: _replace(current, names[1:], value, path)})
     expected = typing.get_type_hints(type(config))[names[0]]
+    if dataclasses.is_dataclass(expected):
+        inner = ", ".join(f"{path}.{field.name}" for field in dataclasses.fields(expected))
+        raise ValueError(f"--set {path}: set one of its fields: {inner}")
     if not _fits(value, expected):
-        raise ValueError(f"--set {path}: expected {_name(expected)}, got {value!r}")
+        raise ValueError(f"--set {path}: expected {_name(expected)}, such as {_literal(current)}, got {value!r}")
+    value = tuple(value) if isinstance(value, list) else value
     return dataclasses.replace(config, **{names[0]: float(value) if expected is float else value})
 
 
@@ -78,6 +96,11 @@ def _fits(value: Any, expected: Any) -> bool:
     if expected in (int, float):
         return isinstance(value, (int, float) if expected is float else int) and not isinstance(value, bool)
     return isinstance(value, expected) if isinstance(expected, type) else True
+
+
+def _literal(value: Any) -> str:
+    """How a value is written after the equals sign."""
+    return value if isinstance(value, str) else repr(value)
 
 
 def _name(expected: Any) -> str:

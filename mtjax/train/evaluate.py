@@ -20,6 +20,8 @@ Results = dict[str, dict[str, np.ndarray]]
 def padded_batches(split: Mapping[str, Any], batch_size: int) -> Iterator[tuple[dict[str, Any], int]]:
     """Batches of exactly `batch_size` rows and the number of real rows; the rows that pad the last have weight 0."""
     num_rows = len(split["numeric"])
+    if num_rows == 0:
+        raise ValueError("There are no rows to evaluate or predict")
     size = min(batch_size, num_rows)
     for start in range(0, num_rows, size):
         rows = np.arange(start, start + size)
@@ -80,10 +82,39 @@ def make_evaluate(model: Any, tasks: Sequence[Task], *, batch_size: int = 4096, 
 def main_scores(tasks: Sequence[Task], results: Results) -> np.ndarray:
     """f64[L, K] main metrics, signed so that larger is better."""
     columns = [
-        (1.0 if task.main_metric.higher_is_better else -1.0) * results[task.name][task.main_metric.name]
+        (1.0 if task.main_metric.higher_is_better else -1.0)
+        * np.asarray(results[task.name][task.main_metric.name], np.float64)
         for task in tasks
     ]
     return np.stack(columns, axis=-1)
+
+
+def undefined_scores(tasks: Sequence[Task], results: Results) -> np.ndarray:
+    """bool[K]: tasks whose main metric has no value in any lane: no labels, or labels all alike."""
+    return np.isnan(main_scores(tasks, results)).all(axis=0)
+
+
+def selection_scores(scores: np.ndarray, undefined: np.ndarray, *, per_task: bool, step: int) -> np.ndarray:
+    """What the best parameters are chosen by: for every task its score, or the mean over tasks.
+
+    Args:
+      scores: f64[L, K] of an evaluation, larger is better.
+      undefined: bool[K], tasks without a score; they take no part in the mean.
+      per_task: whether tasks choose apart.
+      step: of the evaluation. It stands in where there is no score at all: the best parameters are then the latest.
+
+    Returns:
+      f64[L, G], G = K if `per_task`, else 1.
+
+    >>> selection_scores(np.array([[0.5, np.nan]]), np.array([False, True]), per_task=False, step=7).tolist()
+    [[0.5]]
+    >>> selection_scores(np.array([[0.5, np.nan]]), np.array([False, True]), per_task=True, step=7).tolist()
+    [[0.5, 7.0]]
+    """
+    if not per_task:
+        scores = scores[:, ~undefined].mean(axis=1, keepdims=True) if not undefined.all() else scores[:, :1]
+        undefined = undefined.all(keepdims=True)
+    return np.where(undefined, float(step), scores)
 
 
 def predict(
@@ -129,4 +160,4 @@ def predict(
         if context is not None:
             batch["context"] = context
         pieces.append(jax.tree.map(lambda p: np.asarray(p)[:num_real], run(params, batch)))  # noqa: B023
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+    return {task.name: np.concatenate([piece[task.name] for piece in pieces]) for task in tasks}

@@ -4,17 +4,19 @@ A *lane* is one run: a seed and a learning rate. All lanes of a fit share one co
 initialisation, its own order of rows and its own early stopping, as if it ran alone.
 
 The loop itself is plain: per epoch it draws the order of rows, dispatches chunks of steps, evaluates, keeps the best
-parameters, and saves. Everything it needs to go on is in `TrainState` and two integers, so a run that was killed and
-resumed ends in the same bits as one that was not.
+parameters, and saves. Everything it needs to go on is in `TrainState` and a small JSON record, so a run that was killed
+and resumed ends in the same bits as one that was not.
 
 Letters: L lanes, K tasks, G selection groups, B batch.
 """
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,8 +30,9 @@ from mtjax.optim import linear
 from mtjax.optim.base import Method
 from mtjax.tasks import Task
 from mtjax.train.checkpoint import Checkpoints
-from mtjax.train.evaluate import Results, main_scores, make_evaluate
+from mtjax.train.evaluate import Results, main_scores, make_evaluate, selection_scores, undefined_scores
 from mtjax.train.monitor import MetricsWriter, Progress, stop_on_signals
+from mtjax.train.runlog import RunLog, check_same_run
 from mtjax.train.state import OptimizerFactory, TrainState, create_lanes, update_best
 from mtjax.train.step import make_conflict_probe, make_train_chunk, make_train_step, supervised_loss
 
@@ -46,7 +49,8 @@ class TrainConfig:
       evals_per_epoch: evaluations on the validation rows per epoch.
       patience: evaluations without improvement before a run stops.
       weight_decay: of AdamW.
-      clip_norm: global gradient norm to clip to; None does not clip.
+      clip_norm: norm of the update direction to clip to, over all parameters of a lane (single-task models that share a
+        program are clipped together); None does not clip.
       steps_per_dispatch: steps in one compiled call.
       checkpoint_every: steps between checkpoints; they are made at the ends of dispatches. None: at evaluations.
       eval_batch_size: rows per dispatch at evaluation.
@@ -69,9 +73,16 @@ class TrainConfig:
     conflict_rows: int = 0
 
     def __post_init__(self):
-        for name in ("batch_size", "max_epochs", "evals_per_epoch", "patience", "steps_per_dispatch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        counts = ("batch_size", "max_epochs", "evals_per_epoch", "patience", "steps_per_dispatch")
+        for name in (*counts, "eval_batch_size", "context_rows", "checkpoint_every", "chunk_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        for name in ("weight_decay", "conflict_rows"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be > 0, or None for no clipping, got {self.clip_norm}")
 
     def optimizer(self, learning_rate: jax.Array) -> optax.GradientTransformation:
         """AdamW with a constant rate, as in MultiTab's configurations."""
@@ -80,18 +91,21 @@ class TrainConfig:
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss became NaN or infinite.
+    """A loss became NaN or infinite, or the parameters did.
 
     Attributes:
-      task, step, lane: where it was seen first.
-      checkpoint: last step that was saved, or None.
+      task: whose loss it was; None if the parameters were seen first, after a finite loss.
+      step: number of updates before it.
+      lane: seed and learning rate, as text.
+      checkpoint: last step that was saved, or None. Nothing is saved after the loss or the parameters went bad.
     """
 
-    def __init__(self, task: str, step: int, lane: str, value: float, checkpoint: int | None):
+    def __init__(self, task: str | None, step: int, lane: str, value: str, checkpoint: int | None):
+        what = "The parameters" if task is None else f"The loss of task '{task}'"
         saved = (
             "no checkpoint was saved before it" if checkpoint is None else f"last good checkpoint: step {checkpoint}"
         )
-        super().__init__(f"The loss of task '{task}' became {value} at step {step} ({lane}); {saved}")
+        super().__init__(f"{what} became {value} at step {step} ({lane}); {saved}")
         self.task, self.step, self.lane, self.checkpoint = task, step, lane, checkpoint
 
 
@@ -129,58 +143,9 @@ class Fit:
         return _best_params(self.state, self.per_task)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _best_params(state: TrainState, per_task: bool) -> PyTree:
     return state.best.params if per_task else jax.tree.map(lambda leaf: jnp.squeeze(leaf, 1), state.best.params)
-
-
-@dataclasses.dataclass
-class _Log:
-    """What a run remembers besides its state: goes into every checkpoint.
-
-    Attributes:
-      history: records of evaluations.
-      losses: f64[L, K], sum of the losses since the last evaluation.
-      count: steps in that sum.
-    """
-
-    history: list[dict[str, Any]]
-    losses: np.ndarray
-    count: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {"history": self.history, "losses": self.losses.tolist(), "count": self.count}
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "_Log":
-        return cls(record["history"], np.asarray(record["losses"]), record["count"])
-
-    def add(self, losses: np.ndarray) -> None:
-        """losses f32[L, n, K] of n steps."""
-        self.losses, self.count = self.losses + losses.sum(1), self.count + losses.shape[1]
-
-    def close(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Ends the period with an evaluation's record, which gets the mean losses."""
-        record = {**record, "losses": (self.losses / self.count).tolist()}
-        self.history.append(record)
-        self.losses, self.count = np.zeros_like(self.losses), 0
-        return record
-
-
-class _Clock:
-    """Training rows per second after the first dispatch, which compiles."""
-
-    def __init__(self):
-        self.compile_s, self._rows, self._seconds = 0.0, 0, 0.0
-
-    def add(self, rows: int, seconds: float) -> None:
-        if self.compile_s == 0.0:
-            self.compile_s = seconds
-        else:
-            self._rows, self._seconds = self._rows + rows, self._seconds + seconds
-
-    @property
-    def rows_per_s(self) -> float:
-        return self._rows / self._seconds if self._seconds else float("nan")
 
 
 def inference_context(model: Any, train: Mapping[str, Any], num_rows: int) -> dict[str, np.ndarray] | None:
@@ -227,7 +192,7 @@ def fit(
       per_task: keep the best parameters of each task on its own: for single-task models, which are separate runs that
         merely share a program.
       directory: run directory for checkpoints and `metrics.jsonl`; None keeps nothing.
-      resume: go on from the newest good checkpoint in `directory`.
+      resume: go on from the newest good checkpoint in `directory`; without any, start from the beginning.
       record: JSON-able description of the run, checked on resume.
       tensorboard: also write TensorBoard events.
       progress: show a progress bar.
@@ -237,8 +202,9 @@ def fit(
       A `Fit`.
 
     Raises:
-      NonFiniteLossError: if a loss becomes NaN or infinite.
-      ValueError: for arguments that do not fit, or a resume with another configuration.
+      NonFiniteLossError: if a loss or the parameters become NaN or infinite; no checkpoint holds such a state.
+      ValueError: for arguments that do not fit, a directory that already holds a run (without `resume`), or a resume
+        of a run with another configuration or model.
     """
     method = linear("sum") if method is None else method
     optimizer = config.optimizer if optimizer is None else optimizer
@@ -246,6 +212,7 @@ def fit(
     rates = [float(learning_rates)] * len(seeds) if isinstance(learning_rates, int | float) else list(learning_rates)
     if len(rates) != len(seeds):
         raise ValueError(f"learning_rates has {len(rates)} entries for {len(seeds)} seeds; give one, or one for each")
+    lanes = [f"seed {seed}, learning rate {rate:g}" for seed, rate in zip(seeds, rates, strict=True)]
     directory = None if directory is None else pathlib.Path(directory)
     if resume and directory is None:
         raise ValueError("resume=True needs the run's directory")
@@ -271,14 +238,20 @@ def fit(
 
     groups = len(tasks) if per_task else 1
     state = create_lanes(init_params, method, optimizer, seeds, rates, num_tasks=len(tasks), num_groups=groups)
-    log = _Log([], np.zeros((len(seeds), len(tasks))), 0)
-    described = {"seeds": seeds, "learning_rates": rates, "train": dataclasses.asdict(config)} | dict(record or {})
+    log = RunLog.empty(len(seeds), len(tasks))
+    described = {
+        "seeds": seeds,
+        "learning_rates": rates,
+        "tasks": [task.to_json() for task in tasks],
+        "rows": [len(train["numeric"]), len(validation["numeric"])],
+        "train": dataclasses.asdict(config),
+        **dict(record or {}),
+    }
     checkpoints = None if directory is None else Checkpoints(directory / "checkpoints")
     if checkpoints is not None and resume:
-        restored = checkpoints.restore(state)
+        restored = checkpoints.restore(state, check=lambda saved: check_same_run(described, saved["run"]))
         if restored is not None:
-            check_same_run(described, restored.record["run"])
-            state, log = restored.state, _Log.from_json(restored.record["log"])
+            state, log = restored.state, RunLog.from_json(restored.record["log"])
     elif checkpoints is not None and checkpoints.latest_step() is not None:
         raise ValueError(f"{directory} already holds a run; resume it, or choose another directory")
 
@@ -289,31 +262,31 @@ def fit(
     def validate():
         """Evaluates, keeps the best parameters, and records; returns the new state and a line for the bar."""
         results = evaluate(state.params, validation, context)
-        scores = main_scores(tasks, results)
-        if not per_task:
-            scores = np.nanmean(scores, axis=1, keepdims=True)
+        # Labels do not change: what is undefined at the first evaluation always is.
+        undefined = undefined_scores(tasks, log.history[0]["metrics"] if log.history else results)
+        if not log.history:
+            _warn_undefined(tasks, undefined, per_task)
+        scores = selection_scores(main_scores(tasks, results), undefined, per_task=per_task, step=step)
         better = keep_best(state, jnp.asarray(scores, jnp.float32), config.patience)
-        entry = {"step": step, "epoch": step / steps_per_epoch, "metrics": jax.tree.map(np.ndarray.tolist, results)}
+        measured = {task: {name: v.tolist() for name, v in metrics.items()} for task, metrics in results.items()}
+        entry = {"step": step, "epoch": step / steps_per_epoch, "metrics": measured}
         if probe is not None:
             rows = jax.tree.map(lambda column: column[: config.conflict_rows], data)
             entry["cosine"] = np.asarray(probe(better.params, rows, jax.random.key(0))).tolist()
         writer.write(log.close(entry))
-        return better, "  ".join(
-            f"{t.name} {t.main_metric.name} {np.nanmean(results[t.name][t.main_metric.name]):.3f}" for t in tasks
-        )
+        return better, "  ".join(f"{t.name} {np.mean(results[t.name][t.main_metric.name]):.3f}" for t in tasks)
 
     step = int(state.step[0])
     saved_step = step or None
-    clock = _Clock()
     indices_epoch, indices = None, None
     with contextlib.ExitStack() as stack:
         if checkpoints is not None:
             stack.callback(checkpoints.close)  # waits for saves under way, whatever happens
-        writer = MetricsWriter(directory, tensorboard=tensorboard, keep_until=step)
+        writer = MetricsWriter(directory, tensorboard=tensorboard, history=log.history)
         stack.callback(writer.close)
         stop = stack.enter_context(stop_on_signals())
         bar = stack.enter_context(Progress(title, total_steps, step, enabled=progress))
-        while step < total_steps and not _all_closed(state, config.patience) and not stop:
+        while step < total_steps and _open(state, config.patience).any() and not stop:
             epoch, offset = divmod(step, steps_per_epoch)
             if epoch != indices_epoch:
                 indices_epoch, indices = epoch, order.epoch_indices(seeds, epoch)
@@ -322,18 +295,17 @@ def fit(
             # Padded to one length, so that there is one program; the padding steps are skipped inside.
             chunk = np.pad(indices[:, offset : offset + count], ((0, 0), (0, chunk_steps - count), (0, 0)))
             began = time.perf_counter()
-            state, step_metrics = run_chunk(
-                state, data, jnp.asarray(chunk), jnp.asarray(np.arange(chunk_steps) < count)
-            )
+            active = jnp.asarray(np.arange(chunk_steps) < count)
+            state, step_metrics, finite = run_chunk(state, data, jnp.asarray(chunk), active)
             losses = np.asarray(step_metrics.losses)[:, :count]
-            clock.add(count * rows_per_step, time.perf_counter() - began)
-            _check_finite(losses, tasks, step, seeds, rates, saved_step)
+            log.add(losses, rows=count * rows_per_step, seconds=time.perf_counter() - began)
+            open_ = _open(state, config.patience)
+            _check_finite(losses, np.asarray(finite), open_, tasks, step, lanes, saved_step)
             step += count
-            log.add(losses)
             note = None
             if offset + count == until:
                 state, note = validate()
-            bar.update(step, rows_per_step, note)
+            bar.update(step, log.rows_per_s, note)
             due = step - (saved_step or 0) >= (config.checkpoint_every or eval_every)
             if checkpoints is not None and (due or stop):
                 save()
@@ -350,38 +322,41 @@ def fit(
         history=log.history,
         per_task=per_task,
         evaluate=lambda split: of_best(_best_params(state, per_task), split, context),
-        rows_per_s=clock.rows_per_s,
-        compile_s=clock.compile_s,
+        rows_per_s=log.rows_per_s,
+        compile_s=log.compile_s,
         num_parameters=sum(leaf.size // len(seeds) for leaf in jax.tree.leaves(state.params)),
         interrupted=bool(stop),
     )
 
 
-def check_same_run(asked: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raises a ValueError that lists the differences between two descriptions of a run."""
-    asked, saved = _flat(asked), _flat(saved)
-    differing = [key for key in sorted(asked.keys() | saved.keys()) if asked.get(key) != saved.get(key)]
-    if differing:
-        lines = [f"  {key}: saved {saved.get(key)!r}, now {asked.get(key)!r}" for key in differing]
-        raise ValueError("This run was started with another configuration and cannot be resumed:\n" + "\n".join(lines))
+def _warn_undefined(tasks: Sequence[Task], undefined: np.ndarray, per_task: bool) -> None:
+    """Says which tasks have no validation score, undefined bool[K], and what that means."""
+    names = ", ".join(f"'{task.name}'" for task, absent in zip(tasks, undefined, strict=True) if absent)
+    if names:
+        latest = per_task or undefined.all()
+        effect = "its best parameters are its latest" if latest else "the other tasks alone choose the best parameters"
+        warnings.warn(
+            f"Task {names}: the main metric has no value on the validation rows (no labels, or all alike), so {effect}",
+            stacklevel=3,
+        )
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Path -> leaf of nested dicts; tuples and lists compare as lists, as JSON has them."""
-    if isinstance(tree, Mapping):
-        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): list(tree) if isinstance(tree, tuple) else tree}
+def _open(state: TrainState, patience: int) -> np.ndarray:
+    """bool[L, G]: which groups are still being selected for."""
+    return np.asarray(state.best.stale) < patience
 
 
-def _all_closed(state: TrainState, patience: int) -> bool:
-    return bool(np.all(np.asarray(state.best.stale) >= patience))
+def _check_finite(losses, finite_params, open_, tasks, step, lanes, saved_step) -> None:
+    """Raises for losses f32[L, n, K] of the steps after `step`, or the parameters after them (bool[L]).
 
-
-def _check_finite(losses, tasks, step, seeds, rates, saved_step) -> None:
-    """losses f32[L, n, K] of the steps after `step`."""
-    if np.isfinite(losses).all():
-        return
-    bad_step = int(np.argmax(~np.isfinite(losses).all(axis=(0, 2))))
-    lane, task = np.argwhere(~np.isfinite(losses[:, bad_step]))[0]
-    where = f"seed {seeds[lane]}, learning rate {rates[lane]:g}"
-    raise NonFiniteLossError(tasks[task].name, step + bad_step, where, float(losses[lane, bad_step, task]), saved_step)
+    Lanes that have stopped early go on beside the others, but nothing depends on them any more.
+    """
+    bad = ~np.isfinite(losses) & open_[:, None, :]
+    if bad.any():
+        position = int(np.argmax(bad.any(axis=(0, 2))))
+        lane, task = np.argwhere(bad[:, position])[0]
+        value = f"{losses[lane, position, task]}"
+        raise NonFiniteLossError(tasks[task].name, step + position, lanes[lane], value, saved_step)
+    bad = ~finite_params & open_.all(axis=1)
+    if bad.any():
+        raise NonFiniteLossError(None, step + losses.shape[1], lanes[np.argmax(bad)], "NaN or infinite", saved_step)

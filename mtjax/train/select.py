@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from mtjax.tasks import Task
-from mtjax.train.evaluate import Results, main_scores
+from mtjax.train.evaluate import Results, main_scores, undefined_scores
 from mtjax.train.loop import Fit
 
 PyTree = Any
@@ -64,20 +64,23 @@ def choose_learning_rate(tasks: Sequence[Task], fitted: Fit, validation: Results
       validation: metrics f64[L] of its best parameters on validation rows.
 
     Returns:
-      The choice. NaN scores (a task without validation labels) are left out of means.
+      The choice. Tasks without a score (no validation labels) are left out of means; a rate under which a lane has no
+      score where others have one is not chosen.
     """
     rates = list(dict.fromkeys(fitted.learning_rates))
     lanes_of = [np.flatnonzero(np.asarray(fitted.learning_rates) == rate) for rate in rates]
     scores = main_scores(tasks, validation)
-    by_rate = np.stack([np.nanmean(scores[lanes], axis=0) for lanes in lanes_of])  # [R, K]
+    defined = ~undefined_scores(tasks, validation)
+    by_rate = np.stack([scores[lanes].mean(axis=0) for lanes in lanes_of])  # [R, K]
     if fitted.per_task:
         picked = np.argmax(np.where(np.isnan(by_rate), -np.inf, by_rate), axis=0)
     else:
-        picked = np.full(len(tasks), np.argmax(np.nanmean(by_rate, axis=1)))
-    best = by_rate[picked, np.arange(len(tasks))]
+        means = by_rate[:, defined].mean(axis=1) if defined.any() else by_rate[:, 0]
+        picked = np.full(len(tasks), np.argmax(np.where(np.isnan(means), -np.inf, means)))
+    best = by_rate[picked, np.arange(len(tasks))][defined]
     return Choice(
         lanes=np.stack([lanes_of[r] for r in picked]),
         learning_rates=tuple(rates[r] for r in picked),
         per_task=fitted.per_task,
-        validation_score=float(np.nanmean(best)),
+        validation_score=float(best.mean()) if defined.any() else float("nan"),
     )

@@ -100,8 +100,9 @@ def make_train_chunk(train_step: Callable) -> Callable:
     """Several steps in one dispatch, for a stack of runs: jitted, vmapped over lanes, the state donated.
 
     Returns:
-      `(states [L, ...], data, indices i32[L, n, B], active bool[n]) -> (states, metrics [L, n, ...])`. `data` holds
-      whole columns on the device; `active` switches off the steps that only pad a chunk to its fixed length.
+      `(states [L, ...], data, indices i32[L, n, B], active bool[n]) -> (states, metrics [L, n, ...], finite bool[L])`.
+      `data` holds whole columns on the device; `active` switches off the steps that only pad a chunk to its fixed
+      length; `finite` tells whether all parameters are finite at the end.
     """
 
     def run(state, data, indices, active):
@@ -117,7 +118,9 @@ def make_train_chunk(train_step: Callable) -> Callable:
             shapes = jax.eval_shape(taken, state, rows)[1]
             return state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-        return jax.lax.scan(body, state, (indices, active))
+        state, metrics = jax.lax.scan(body, state, (indices, active))
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]).all()
+        return state, metrics, finite
 
     return jax.jit(jax.vmap(run, in_axes=(0, None, 0, None)), donate_argnums=0)
 

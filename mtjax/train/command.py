@@ -1,0 +1,133 @@
+"""What the command lines of all experiments do alike: errors as sentences, run directories, resuming.
+
+A run directory holds `run.json` with the arguments of the command line that started it, so that `--resume --run DIR`
+needs no other option, and an option that differs from the run's is refused rather than ignored.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import typing
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+
+from mtjax.train.loop import NonFiniteLossError
+
+Args = TypeVar("Args")
+INTERRUPTED = 130
+"""Exit status after SIGINT or SIGTERM, as shells have it."""
+
+
+def run_command(body: Callable[[], int]) -> int:
+    """Runs the body of a script and returns its exit status.
+
+    Compiled programs are kept for the next run (in `JAX_COMPILATION_CACHE_DIR`, or under ~/.cache). A warning is one
+    line. An error about what was asked is one line and status 2; MTJAX_TRACEBACK=1 shows where it came from. A second
+    Ctrl-C, or one outside of training, is status 130.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "mtjax" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
+        try:
+            return body()
+        except KeyboardInterrupt:
+            print("\nInterrupted.", file=sys.stderr)
+            return INTERRUPTED
+        except (ValueError, OSError, ImportError, NonFiniteLossError) as error:
+            if os.environ.get("MTJAX_TRACEBACK"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+
+def newest_run(base: pathlib.Path) -> pathlib.Path:
+    """The run under `base` that was started last.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    found = sorted(base.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(f"--resume: there is no run under {base}; name one with --run")
+    return found[-1].parent
+
+
+def read_run(run: pathlib.Path) -> dict[str, Any]:
+    """The content of `run.json`.
+
+    Raises:
+      ValueError: if the directory holds no run.
+    """
+    path = run / "run.json"
+    if not path.is_file():
+        raise ValueError(f"--run {run}: not a run directory (it has no run.json)")
+    return json.loads(path.read_text())
+
+
+def write_run(run: pathlib.Path, arguments: Any, **more: Any) -> None:
+    """Writes `run.json`: a dataclass of command line arguments, and more JSON values."""
+    run.mkdir(parents=True, exist_ok=True)
+    fields = {"arguments": dataclasses.asdict(arguments)} | more
+    (run / "run.json").write_text(json.dumps(fields, indent=2, default=os.fspath) + "\n")
+
+
+def refuse_run(run: pathlib.Path) -> None:
+    """Raises a ValueError if the directory holds the checkpoints of a run, which a new one would mix with."""
+    if next(run.glob("**/checkpoints/[0-9]*"), None) is not None:
+        raise ValueError(f"--run {run} already holds a run; go on with it by --resume, or choose another directory")
+
+
+def resumed_arguments(args: Args, run: pathlib.Path, *, apart: Sequence[str]) -> Args:
+    """The arguments of a resumed run: those it was started with.
+
+    Args:
+      args: a dataclass with a default for every field, as parsed from the command line.
+      run: the run directory.
+      apart: fields that are taken from `args` whatever the run says.
+
+    Returns:
+      A dataclass of the same type.
+
+    Raises:
+      ValueError: if a field was given and differs.
+    """
+    saved: Mapping[str, Any] = read_run(run)["arguments"]
+    hints = typing.get_type_hints(type(args))
+    values, differing = {}, []
+    for field in dataclasses.fields(args):
+        given = getattr(args, field.name)
+        if field.name in apart or field.name not in saved:
+            continue
+        value = saved[field.name]
+        if isinstance(value, list):
+            value = tuple(value)
+        if value is not None and pathlib.Path in typing.get_args(hints[field.name]):
+            value = pathlib.Path(value)
+        if given not in (field.default, value):
+            differing.append(f"  --{field.name}: started with {_shown(value)}, now {_shown(given)}")
+        values[field.name] = value
+    if differing:
+        raise ValueError(f"--resume goes on with the options that {run} was started with:\n" + "\n".join(differing))
+    return dataclasses.replace(args, **values)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) or "nothing" if isinstance(value, tuple) else str(value)
+
+
+def write_same(path: pathlib.Path, text: str, *, resume: bool) -> None:
+    """Writes a file that a resumed run must find as it is.
+
+    Raises:
+      ValueError: if it differs.
+    """
+    if resume and path.exists() and path.read_text() != text:
+        raise ValueError(f"The data differ from those that the run was started with ({path} would change)")
+    path.write_text(text)

@@ -1,0 +1,83 @@
+"""README: its two commands, its code and its paths are true."""
+
+import ast
+import pathlib
+import re
+import shlex
+import tomllib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_two_sh_blocks_are_the_documented_commands():
+    """.ci/run takes them from here: one line each, the main command and the test command."""
+    main, tests = blocks("sh")[:2]
+    assert main == "pip install -e . && python experiments/tabular/multitab.py\n"
+    assert tests == "pip install -e '.[test]' && pytest\n"
+    assert (ROOT / "experiments" / "tabular" / "multitab.py").exists()
+
+
+def test_extras_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"mtjax\[(\w+)\]|'\.\[(\w+)\]'", TEXT)
+    assert {first or second for first, second in named} <= set(extras) and named
+
+
+def test_options_of_the_shell_examples_exist():
+    script = (ROOT / "experiments" / "tabular" / "multitab.py").read_text()
+    for line in "".join(blocks("bash")).splitlines():
+        words = shlex.split(line)
+        assert words[:2] == ["python", "experiments/tabular/multitab.py"]
+        for option in (word.removeprefix("--") for word in words if word.startswith("--")):
+            assert re.search(rf"^    {option}: ", script, flags=re.MULTILINE), option
+
+
+def test_files_of_the_table_exist():
+    rows = [line for line in TEXT.splitlines() if line.startswith("| ") and "`" in line]
+    named = [re.search(r"`([^` ]+)", line).group(1) for line in rows]
+    assert len(named) >= 5
+    for path in named:
+        assert (ROOT / path).exists(), path
+
+
+def test_every_python_block_parses():
+    assert blocks("python")
+    for block in blocks("python"):
+        ast.parse(block)
+
+
+def test_the_example_runs_and_learns():
+    """The first python block on two regression tasks whose gradients conflict at first."""
+
+    def loss_fn(params, batch):
+        prediction = batch["x"] @ params["w"]
+        return {"a": jnp.mean((prediction - batch["a"]) ** 2), "b": jnp.mean((prediction - batch["b"]) ** 2)}
+
+    x = jax.random.normal(jax.random.key(0), (64, 3))
+    batch = {"x": x, "a": x @ jnp.array([1.0, 2.0, 0.0]), "b": x @ jnp.array([1.0, 0.0, 0.0])}
+    names = {"loss_fn": loss_fn}
+    exec(compile(blocks("python")[0], "README.md", "exec"), names)
+    params = {"w": jnp.array([0.0, 1.0, 1.0])}
+    state = names["tx"].init(params)
+    first = None
+    for _ in range(300):
+        params, state, losses = names["train_step"](params, state, batch)
+        first = losses if first is None else first
+    assert losses.shape == (2,) and (losses < first).all()
+    assert names["mtjax"].optim.diagnostics(state).weights.shape == (2,)
+
+
+@pytest.mark.parametrize("name", re.findall(r"`mtjax\.(\w+)(?:\.\w+)?\(", TEXT))
+def test_functions_of_the_text_exist(name):
+    import mtjax
+
+    assert name in mtjax.__all__
