@@ -30,6 +30,7 @@ class Config:
       shared_experts: shared experts of the same.
       learning_rates: the tuning grid, the same for every model.
       seeds: number of seeds.
+      bench_seeds: number of seeds of the MultiTab-Bench sweep; a difference of differences needs more.
       bench_tasks: numbers of tasks in the MultiTab-Bench sweep.
       bench_features: its number of input columns.
       train: see `TrainConfig`.
@@ -48,6 +49,7 @@ class Config:
     shared_experts: int = 4
     learning_rates: tuple[float, ...] = (1e-3, 4e-3)
     seeds: int = 3
+    bench_seeds: int = 5
     bench_tasks: tuple[int, ...] = (2, 4, 8)
     bench_features: int = 16
     train: TrainConfig = DEMO_TRAIN
@@ -72,6 +74,7 @@ SMOKE = Config(
     shared_experts=1,
     learning_rates=(4e-3,),
     seeds=2,
+    bench_seeds=2,
     bench_tasks=(2,),
     train=TrainConfig(batch_size=128, max_epochs=2, conflict_rows=64),
 )

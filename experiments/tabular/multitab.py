@@ -327,8 +327,8 @@ def train(args: Train) -> int:
         return 0
     args, run = settle(args)
     config = override(PRESETS[args.preset], args.set)
-    if args.seeds is not None:
-        config = dataclasses.replace(config, seeds=args.seeds)
+    seeds = args.seeds if args.seeds is not None else config.bench_seeds if args.data == "bench" else config.seeds
+    config = dataclasses.replace(config, seeds=seeds)
     if args.method not in METHODS:
         raise ValueError(f"--method {args.method}: choose one of {', '.join(METHODS)}")
     names = chosen_models(args)
