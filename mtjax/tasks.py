@@ -106,8 +106,10 @@ class Task:
             raise ValueError(f"Task '{self.name}' is {self.kind}: only regression targets are scaled, got {scaling!r}")
         object.__setattr__(self, "scaling", scaling)
         object.__setattr__(self, "loss", self.loss or _LOSSES[self.kind])
-        if self.metrics is None:
-            object.__setattr__(self, "metrics", _default_metrics(self.kind))
+        # A tuple, so that a task is hashable: it is a static argument of compiled functions.
+        object.__setattr__(
+            self, "metrics", tuple(_default_metrics(self.kind) if self.metrics is None else self.metrics)
+        )
         if not self.metrics:
             raise ValueError(f"Task '{self.name}' has an empty tuple of metrics; give at least one")
 

@@ -3,6 +3,7 @@
 Letters: L lanes, G selection groups, K tasks, B batch, N rows.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from mtjax import metrics
 from mtjax.tasks import Task, labels_and_weights, predictions
 
 PyTree = Any
+_LABELS = ("labels", "mask", "weight")
 Results = dict[str, dict[str, np.ndarray]]
 
 
@@ -31,6 +33,28 @@ def padded_batches(split: Mapping[str, Any], batch_size: int) -> Iterator[tuple[
         yield batch, int(real.sum())
 
 
+def _outputs(model: Any, tasks: Sequence[Task], per_task: bool, params: PyTree, batch: Mapping[str, Any]) -> PyTree:
+    """task name -> output of one lane; with `per_task` the k-th set of parameters is the k-th task's."""
+    if not per_task:
+        return model.apply({"params": params}, batch)
+    outputs = {}
+    for k, task in enumerate(tasks):
+        own = jax.tree.map(lambda leaf: leaf[k], params)  # noqa: B023
+        outputs |= model.apply({"params": own}, batch, task=task.name)
+    return outputs
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _statistics(tasks: tuple[Task, ...], outputs: PyTree, labels: Mapping[str, Any]) -> PyTree:
+    """Metric states of all lanes. Apart from the model: the models of a comparison share this program."""
+
+    def measure(task, output):
+        label, weight = labels_and_weights(task, labels)
+        return {metric.name: metric.statistic(task.predict(output), label, weight) for metric in task.metrics}
+
+    return jax.vmap(lambda outputs: {task.name: measure(task, outputs[task.name]) for task in tasks})(outputs)
+
+
 def make_evaluate(model: Any, tasks: Sequence[Task], *, batch_size: int = 4096, per_task: bool = False) -> Callable:
     """Builds the evaluation of stacked parameters on a split.
 
@@ -44,28 +68,16 @@ def make_evaluate(model: Any, tasks: Sequence[Task], *, batch_size: int = 4096, 
       `(params, split, context=None) -> {task: {metric: f64[L]}}`; params with a leading axis L (and K if `per_task`).
     """
 
-    def statistics(params, batch):
-        def of(task, params):
-            output = model.apply({"params": params}, batch, task=task.name)[task.name]
-            return measure(task, output)
-
-        def measure(task, output):
-            label, weight = labels_and_weights(task, batch)
-            return {m.name: m.statistic(task.predict(output), label, weight) for m in task.metrics}
-
-        if per_task:
-            return {t.name: of(t, jax.tree.map(lambda leaf: leaf[k], params)) for k, t in enumerate(tasks)}  # noqa: B023
-        outputs = model.apply({"params": params}, batch)
-        return {task.name: measure(task, outputs[task.name]) for task in tasks}
-
-    run = jax.jit(jax.vmap(statistics, in_axes=(0, None)))
+    run = jax.jit(jax.vmap(functools.partial(_outputs, model, tasks, per_task), in_axes=(0, None)))
 
     def evaluate(params: PyTree, split: Mapping[str, Any], context: Mapping[str, Any] | None = None) -> Results:
         states: dict[str, dict[str, Any]] = {}
         for batch, _ in padded_batches(split, batch_size):
             if context is not None:
                 batch["context"] = context
-            new = jax.tree.map(np.asarray, run(params, batch))
+            inputs = {key: batch[key] for key in batch if key not in _LABELS}
+            labels = {key: batch[key] for key in _LABELS if key in batch}
+            new = jax.tree.map(np.asarray, _statistics(tuple(tasks), run(params, inputs), labels))
             for task in tasks:
                 merged = states.setdefault(task.name, {})
                 for metric in task.metrics:
@@ -141,18 +153,12 @@ def predict(
       task name -> f32[N], or f32[N, C] for multiclass.
     """
 
-    def outputs(params, batch):
-        if not per_task:
-            return predictions(tasks, model.apply({"params": params}, batch))
-        result = {}
-        for k, task in enumerate(tasks):
-            own = jax.tree.map(lambda leaf: leaf[k], params)  # noqa: B023
-            result |= predictions((task,), model.apply({"params": own}, batch, task=task.name))
-        return result
+    def of_lane(params, batch):
+        return predictions(tasks, _outputs(model, tasks, per_task, params, batch))
 
     @jax.jit
     def run(params, batch):
-        return jax.tree.map(lambda p: jnp.mean(p, axis=0), jax.vmap(outputs, in_axes=(0, None))(params, batch))
+        return jax.tree.map(lambda p: jnp.mean(p, axis=0), jax.vmap(of_lane, in_axes=(0, None))(params, batch))
 
     pieces = []
     inputs = {key: split[key] for key in ("categorical", "numeric")}

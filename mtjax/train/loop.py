@@ -33,7 +33,7 @@ from mtjax.train.checkpoint import Checkpoints
 from mtjax.train.evaluate import Results, main_scores, make_evaluate, selection_scores, undefined_scores
 from mtjax.train.monitor import MetricsWriter, Progress, stop_on_signals
 from mtjax.train.runlog import RunLog, check_same_run
-from mtjax.train.state import OptimizerFactory, TrainState, create_lanes, update_best
+from mtjax.train.state import OptimizerFactory, TrainState, create_lanes, update_best_lanes
 from mtjax.train.step import make_conflict_probe, make_train_chunk, make_train_step, supervised_loss
 
 PyTree = Any
@@ -230,7 +230,6 @@ def fit(
     evaluate = make_evaluate(model, tasks, batch_size=config.eval_batch_size)
     context = inference_context(model, train, config.context_rows)
     probe = make_conflict_probe(loss_fn, chunk_size=config.chunk_size) if config.conflict_rows else None
-    keep_best = jax.jit(jax.vmap(update_best, in_axes=(0, 0, None)), static_argnums=2, donate_argnums=0)
 
     def init_params(key):
         example = jax.tree.map(lambda column: column[: min(8, order.batch_size)], data)
@@ -267,7 +266,7 @@ def fit(
         if not log.history:
             _warn_undefined(tasks, undefined, per_task)
         scores = selection_scores(main_scores(tasks, results), undefined, per_task=per_task, step=step)
-        better = keep_best(state, jnp.asarray(scores, jnp.float32), config.patience)
+        better = update_best_lanes(state, jnp.asarray(scores, jnp.float32), config.patience)
         measured = {task: {name: v.tolist() for name, v in metrics.items()} for task, metrics in results.items()}
         entry = {"step": step, "epoch": step / steps_per_epoch, "metrics": measured}
         if probe is not None:

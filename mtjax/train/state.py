@@ -3,6 +3,7 @@
 Letters: L lanes (runs trained at once by vmap), G selection groups (1, or one per task), K tasks.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,6 +111,12 @@ def create_lanes(
     lanes = (jnp.asarray(seeds), jnp.asarray(learning_rates, jnp.float32))
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(lambda lanes: jax.lax.map(create, lanes)).lower(lanes).compile(compiler_options=options)(lanes)
+
+
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+def update_best_lanes(state: TrainState, scores: jax.Array, patience: int) -> TrainState:
+    """`update_best` of every lane, scores f32[L, G]; the state is donated."""
+    return jax.vmap(update_best, in_axes=(0, 0, None))(state, scores, patience)
 
 
 def update_best(state: TrainState, score: jax.Array, patience: int) -> TrainState:
