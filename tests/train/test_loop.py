@@ -12,7 +12,6 @@ import pytest
 
 import mtjax
 from mtjax.data.batches import ShuffledRows
-from mtjax.models import MultiTabNet
 from mtjax.train import NonFiniteLossError, TrainConfig, fit, predict, supervised_loss
 from mtjax.train.checkpoint import Checkpoints
 from mtjax.train.loop import inference_context
@@ -101,7 +100,7 @@ def test_the_best_parameters_are_those_that_are_evaluated(problem: Problem, lane
 
 
 def test_steps_per_dispatch_change_nothing(problem: Problem, toy):
-    fits = [problem.fit(config=dataclasses.replace(CONFIG, steps_per_dispatch=n)) for n in (1, 2, 16)]
+    fits = [problem.fit(config=dataclasses.replace(CONFIG, steps_per_dispatch=n)) for n in (1, 16)]
     for other in fits[1:]:
         assert [e["step"] for e in other.history] == [e["step"] for e in fits[0].history]
         ours, theirs = toy.arrays(fits[0].state), toy.arrays(other.state)
@@ -241,10 +240,10 @@ def test_sample_weights_reach_training_and_evaluation(problem: Problem):
             np.testing.assert_allclose(lighter[task][name], first[task][name], rtol=1e-5)
 
 
-def test_attention_across_rows_has_its_context_everywhere(problem: Problem, tmp_path: pathlib.Path):
-    """fit, evaluate and predict read the same training rows, so no prediction depends on its batch."""
+def test_a_model_that_reads_other_rows_has_its_context_everywhere(problem: Problem, toy):
+    """fit, evaluate and predict give it the same training rows, so no prediction depends on its batch."""
     heads = mtjax.head_sizes(problem.tasks)
-    model = MultiTabNet(heads, (4,), 3, width=4, num_heads=1, ff_width=8, head_hidden=(), row_mixing="flat_attention")
+    model = toy.Contextual(heads)
     config = TrainConfig(batch_size=50, max_epochs=1, context_rows=10, eval_batch_size=16)
     fitted = problem.fit(model=model, config=config)
     context = inference_context(model, problem.train, 10)

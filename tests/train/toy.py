@@ -79,6 +79,19 @@ class Separate(nn.Module):
         return outputs if task is None else {task: outputs[task]}
 
 
+class Contextual(nn.Module):
+    """Reads other rows: those of the batch in training, batch['context'] otherwise."""
+
+    heads: Mapping[str, int]
+    needs_context = True
+
+    @nn.compact
+    def __call__(self, batch, *, task=None, train=False, aux=False):
+        others = batch["numeric"] if train else batch["context"]["numeric"]
+        x = batch["numeric"] - others.mean(axis=0, keepdims=True)
+        return {name: nn.Dense(1, name=name)(x)[:, 0] for name in self.heads if task in (None, name)}
+
+
 def arrays(tree: Any) -> dict[str, np.ndarray]:
     """Path -> array of every leaf, PRNG keys as their data."""
     found = {}
