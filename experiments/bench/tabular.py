@@ -224,7 +224,7 @@ def measure(size: Size, *, turns: int, steps: int, torch: bool) -> dict:
 
 
 def multiply_adds(num_tasks: int, size: Size) -> float:
-    """Of one row's forward pass without row mixing: keys and values of all n tokens, the rest for the T that are read."""
+    """Of a row's forward pass without row mixing: keys and values of all n tokens, the rest for the T that are read."""
     n, d = num_tasks + len(size.cardinalities) + size.num_numeric, size.width
     per_read_token = 2 * d * d + 2 * n * d + 2 * d * size.ff_width + (d + 1) * 64
     return 2 * n * d * d + num_tasks * per_read_token
