@@ -18,7 +18,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -272,7 +271,7 @@ def main() -> None:
         )
     if not args.quick:
         where["versions"]["torch"] = torch_version
-        content = {"benchmark": "tabular", **where, "threads": args.threads, "cpu": platform.processor()}
+        content = {"benchmark": "tabular", **where, "threads": args.threads}
         content |= {"beside_torch": rows, "task_tokens": scan}
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / "tabular.json").write_text(json.dumps(content, indent=2) + "\n")
