@@ -103,7 +103,8 @@ def test_a_signal_saves_and_returns(toy, tmp_path: pathlib.Path, reference: path
 
 def test_resuming_a_finished_run_changes_nothing(toy, tmp_path: pathlib.Path):
     config = toy.TrainConfig(batch_size=60, max_epochs=2)
-    first = toy.train_toy(tmp_path, config=config)
+    # Nothing was saved yet, as after a kill before the first checkpoint: the run starts.
+    first = toy.train_toy(tmp_path, config=config, resume=True)
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     again = toy.train_toy(tmp_path, config=config, resume=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
