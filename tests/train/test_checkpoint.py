@@ -133,6 +133,8 @@ def test_damage_of_any_file_never_gives_wrong_numbers(saved: pathlib.Path, tmp_p
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             step, state, record = checkpoints.restore(make_state(0))
+        # Ours only: the coroutines that orbax drops may be collected, and complain, at any moment.
+        caught = [warning for warning in caught if issubclass(warning.category, UserWarning)]
         assert_equal(state, make_state(step))
         assert record["step"] == step
         if step == 2:
