@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import jax
 import jax.numpy as jnp
@@ -195,17 +194,23 @@ def test_interrupt_then_resume_without_repeating_any_option(houses, call, reques
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     request.addfinalizer(lambda: signal.signal(signal.SIGTERM, before))
 
+    done = threading.Event()
+
     def send():
         while not list(run.glob("models/*/checkpoints/[0-9]*")):
-            time.sleep(0.01)
+            if done.wait(0.01):
+                return
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=send)
     thread.start()
     arguments = ("--data", "houses.csv", "--targets", *TARGETS[:2], "--ignore", "id", "--method", "pcgrad")
     few = ("--models", "shared bottom", "--preset", "smoke", "--set", "train.max_epochs=20", "train.patience=20")
-    status, stdout, _ = call(*arguments, *few, "--run", run)
-    thread.join()
+    try:
+        status, stdout, _ = call(*arguments, *few, "--run", run)
+    finally:  # no signal may come when the test is over
+        done.set()
+        thread.join()
     assert status == 130
     assert re.search(r"Interrupted and saved. Go on with: python .* --resume --run interrupted\n", stdout)
     history = run / "models" / "shared_bottom" / "metrics.jsonl"

@@ -78,15 +78,21 @@ def test_a_signal_saves_and_returns(toy, tmp_path: pathlib.Path, reference: path
     previous = signal.signal(number, before)
     request.addfinalizer(lambda: signal.signal(number, previous))
 
+    done = threading.Event()
+
     def send():
         while newest_checkpoint(run) < 10:
-            time.sleep(0.005)
+            if done.wait(0.005):
+                return
         os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=send)
     thread.start()
-    stopped = toy.train_toy(run)
-    thread.join()
+    try:
+        stopped = toy.train_toy(run)
+    finally:  # no signal may come when the test is over
+        done.set()
+        thread.join()
     step = int(stopped.state.step[0])
     assert stopped.interrupted and 10 <= step < 56
     assert newest_checkpoint(run) == step, "saved where it stopped"
