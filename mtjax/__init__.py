@@ -19,10 +19,13 @@ from mtjax.gradients import (
     Conflict,
     combine,
     conflict,
+    directional_derivatives,
     gramian,
+    value_and_disjoint_jacobian,
     value_and_jacobian,
-    value_and_weighted_grad,
 )
+from mtjax.optim.representation import Staged
+from mtjax.optim.routes import value_and_update, value_and_weighted_grad
 from mtjax.tasks import Task, head_sizes, predictions, task_losses
 
 __version__ = "0.1.0"
@@ -30,11 +33,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Conflict",
     "DeltaM",
+    "Staged",
     "Task",
     "combine",
     "conflict",
     "delta_m",
     "delta_table",
+    "directional_derivatives",
     "gramian",
     "head_sizes",
     "losses",
@@ -42,6 +47,8 @@ __all__ = [
     "optim",
     "predictions",
     "task_losses",
+    "value_and_disjoint_jacobian",
     "value_and_jacobian",
+    "value_and_update",
     "value_and_weighted_grad",
 ]

@@ -1,13 +1,15 @@
 r"""Per-task losses and gradients: the Jacobian of a vector of losses, its Gramian, and how much its rows conflict.
 
 With K losses and parameters theta, row k of the Jacobian J is the gradient g_k of the k-th task. It is kept as a pytree
-like `params`, every leaf with a leading axis K. Nearly every multi-objective method needs no more of it than the
-Gramian G = J J^T (K x K), and there are two routes to its update d = sum_k w_k g_k, equal to rounding:
+like `params`, every leaf with a leading axis K. What there is to be had, and what it costs beside the gradient of the
+summed loss (one forward and one backward pass):
 
-* `value_and_jacobian`, then an `mtjax.optim` transform: every row is in memory, anything may be done with it;
-* `value_and_weighted_grad`: the Gramian is summed leaf by leaf while the K backward passes run, each leaf's rows being
-  dropped at once, and one more backward pass gives the weighted gradient. The K x P rows never exist together (unless
-  `chunk_size` asks for the backward passes one after the other: inner products need all rows of a leaf).
+* `value_and_jacobian`: all rows, K backward passes;
+* `value_and_disjoint_jacobian`: all rows where every task has examples of its own: hardly more than one pass over them;
+* `directional_derivatives`: <g_k, v> of every task for one direction v, one forward-mode pass;
+* `gramian`, `combine`, `conflict`: what most methods and diagnostics need of a Jacobian, as K x K arrays.
+
+Updates without a K x P Jacobian in memory are in `mtjax.optim.routes`.
 
 Letters: K tasks, P parameters.
 
@@ -32,7 +34,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def stack_losses(losses: Mapping[str, jax.Array] | jax.Array) -> jax.Array:
-    """A dict of K scalars (in insertion order) or an f32[K] -> f32[K].
+    """A dict of K scalars (in insertion order) or an f[K] -> f[K], in float32 (float64 under x64).
 
     Raises:
       ValueError: if a loss of the dict is not a scalar, or the array is not one-dimensional.
@@ -44,15 +46,15 @@ def stack_losses(losses: Mapping[str, jax.Array] | jax.Array) -> jax.Array:
         if not losses:
             raise ValueError("loss_fn returned an empty dict: expected one scalar loss for each task")
         # Rows follow the insertion order. (`jax.tree.leaves` would sort the names.)
-        return jnp.stack([jnp.asarray(loss, jnp.float32) for loss in losses.values()])
-    losses = jnp.asarray(losses, jnp.float32)
+        return jnp.stack([jnp.asarray(loss, float) for loss in losses.values()])
+    losses = jnp.asarray(losses, float)
     if losses.ndim != 1:
         raise ValueError(f"loss_fn must return a dict of scalars or an array f32[K], got shape {losses.shape}")
     return losses
 
 
-def _losses_and_vjp(loss_fn: Callable, has_aux: bool, params: PyTree, args: tuple, kwargs: dict):
-    """Runs the forward pass once; returns losses f32[K], the pull-back f32[K] -> gradient, and aux (None without)."""
+def stacked_loss(loss_fn: Callable, has_aux: bool, args: tuple, kwargs: dict) -> Callable:
+    """`params -> (losses f[K], aux)`, with None for aux without it; checks what `loss_fn` returns."""
 
     def stacked(params):
         result = loss_fn(params, *args, **kwargs)
@@ -63,13 +65,18 @@ def _losses_and_vjp(loss_fn: Callable, has_aux: bool, params: PyTree, args: tupl
         losses, aux = result if has_aux else (result, None)
         return stack_losses(losses), aux
 
-    losses, pullback, aux = jax.vjp(stacked, params, has_aux=True)
+    return stacked
+
+
+def losses_and_vjp(loss_fn: Callable, has_aux: bool, params: PyTree, args: tuple, kwargs: dict):
+    """Runs the forward pass once; returns losses f[K], the pull-back f[K] -> gradient, and aux (None without)."""
+    losses, pullback, aux = jax.vjp(stacked_loss(loss_fn, has_aux, args, kwargs), params, has_aux=True)
     return losses, lambda cotangent: pullback(cotangent)[0], aux
 
 
-def _rows(pullback: Callable, num_tasks: int, chunk_size: int | None) -> PyTree:
+def rows_of(pullback: Callable, num_tasks: int, chunk_size: int | None) -> PyTree:
     """The rows of the Jacobian, `chunk_size` backward passes at a time."""
-    cotangents = jnp.eye(num_tasks, dtype=jnp.float32)
+    cotangents = jnp.eye(num_tasks)
     if chunk_size is None or chunk_size >= num_tasks:
         return jax.vmap(pullback)(cotangents)
     if chunk_size == 1:  # no vmap at all: some operations (ragged_dot) have no general batching rule
@@ -77,7 +84,7 @@ def _rows(pullback: Callable, num_tasks: int, chunk_size: int | None) -> PyTree:
     return jax.lax.map(pullback, cotangents, batch_size=chunk_size)
 
 
-def _check_chunk_size(chunk_size: int | None) -> None:
+def check_chunk_size(chunk_size: int | None) -> None:
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be None or >= 1, got {chunk_size}")
 
@@ -100,11 +107,11 @@ def value_and_jacobian(loss_fn: Callable, has_aux: bool = False, chunk_size: int
     Raises:
       ValueError: if `loss_fn` returns something else, or `chunk_size` is less than 1.
     """
-    _check_chunk_size(chunk_size)
+    check_chunk_size(chunk_size)
 
     def value_and_jacobian_fn(params, *args, **kwargs):
-        losses, pullback, aux = _losses_and_vjp(loss_fn, has_aux, params, args, kwargs)
-        jacobian = _rows(pullback, losses.shape[0], chunk_size)
+        losses, pullback, aux = losses_and_vjp(loss_fn, has_aux, params, args, kwargs)
+        jacobian = rows_of(pullback, losses.shape[0], chunk_size)
         return ((losses, aux) if has_aux else losses), jacobian
 
     return value_and_jacobian_fn
@@ -124,85 +131,104 @@ def num_rows(jacobian: PyTree) -> int:
     return sizes.pop()
 
 
-def leaf_gramian(rows: jax.Array) -> jax.Array:
-    """[K, ...] -> f32[K, K] inner products of the rows of one leaf, accumulated in float32."""
+def leaf_gramian(rows: jax.Array, columns: jax.Array | None = None) -> jax.Array:
+    """[K, ...] -> f[K, K] inner products of the rows of one leaf, with those of another one if given.
+
+    Accumulated in float32, or float64 for float64 leaves.
+    """
+    columns = rows if columns is None else columns
     # Contracted as it is: flattened, a leaf that a mesh shards along a minor axis would be gathered first.
     trailing = tuple(range(1, rows.ndim))
-    return jnp.tensordot(rows, rows, axes=(trailing, trailing), precision=HIGHEST, preferred_element_type=jnp.float32)
+    wide = jnp.promote_types(jnp.float32, rows.dtype)
+    return jnp.tensordot(rows, columns, axes=(trailing, trailing), precision=HIGHEST, preferred_element_type=wide)
 
 
 def gramian(jacobian: PyTree) -> jax.Array:
-    """G = J J^T as f32[K, K]: all inner products of per-task gradients."""
+    """G = J J^T as f[K, K]: all inner products of per-task gradients."""
     num_rows(jacobian)
     return sum(leaf_gramian(leaf) for leaf in jax.tree.leaves(jacobian))
 
 
 def combine(jacobian: PyTree, weights: jax.Array) -> PyTree:
-    """d = sum_k weights_k g_k, a pytree of parameter shape and dtype. weights: f32[K]."""
-    return jax.tree.map(
-        lambda rows: jnp.tensordot(weights, rows, axes=1, precision=HIGHEST, preferred_element_type=jnp.float32).astype(
-            rows.dtype
-        ),
-        jacobian,
-    )
+    """d = sum_k weights_k g_k, a pytree of parameter shape and dtype. weights: f[K]."""
+
+    def of_leaf(rows):
+        wide = jnp.promote_types(weights.dtype, rows.dtype)
+        return jnp.tensordot(weights, rows, axes=1, precision=HIGHEST, preferred_element_type=wide).astype(rows.dtype)
+
+    return jax.tree.map(of_leaf, jacobian)
 
 
-def value_and_weighted_grad(
-    loss_fn: Callable, method: Any, has_aux: bool = False, chunk_size: int | None = None
-) -> Callable:
-    """The update of a Gramian or loss method without a K x P Jacobian.
+def value_and_disjoint_jacobian(loss_fn: Callable, *, chunk_size: int | None = None) -> Callable:
+    """Per-task gradients where every task has examples of its own: one pass over all of them, no K-fold backward.
 
-    The Gramian is reduced leaf by leaf while the backward passes run; then one backward pass with the method's weights
-    as cotangent gives the gradient. Methods that look at the losses only skip the Gramian and cost one backward pass.
+    On one batch that all tasks share, the trunk is walked back once per task. With separate examples each task's
+    gradient only needs its own, so K tasks of B/K examples cost about what one batch of B does.
+
+    Args:
+      loss_fn: `(params, batch, task, *args) -> scalar loss` of the task with index `task` (i32[], traced), on a batch
+        of that task.
+      chunk_size: tasks at once; None: all.
+
+    Returns:
+      A function `(params, batches, *args) -> (losses f[K], jacobian)`; the leaves of `batches` have a leading axis K.
+      `args` (a key, for example) are the same for every task.
+
+    Raises:
+      ValueError: if the leaves of `batches` do not share a leading axis, or `chunk_size` is less than 1.
+
+    >>> def loss_fn(params, x, task):
+    ...     return jnp.mean((x @ params["trunk"] * params["gain"][task]) ** 2)
+    >>> params = {"trunk": jnp.ones(3), "gain": jnp.array([1.0, 2.0])}
+    >>> losses, jacobian = value_and_disjoint_jacobian(loss_fn)(params, jnp.ones((2, 5, 3)))
+    >>> losses.tolist(), jacobian["gain"].tolist()
+    ([9.0, 36.0], [[18.0, 0.0], [0.0, 36.0]])
+    """
+    check_chunk_size(chunk_size)
+
+    def value_and_disjoint_jacobian_fn(params, batches, *args):
+        sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
+        if len(sizes) != 1 or () in sizes:
+            raise ValueError(f"The leaves of `batches` need one leading axis of tasks, got {sorted(map(str, sizes))}")
+        num_tasks = sizes.pop()[0]
+
+        def one(task_and_batch):
+            task, batch = task_and_batch
+            loss, gradient = jax.value_and_grad(loss_fn)(params, batch, task, *args)
+            return stack_losses({f"{task}": loss})[0], gradient
+
+        inputs = (jnp.arange(num_tasks), batches)
+        if chunk_size is None or chunk_size >= num_tasks:
+            return jax.vmap(one)(inputs)
+        return jax.lax.map(one, inputs, batch_size=None if chunk_size == 1 else chunk_size)
+
+    return value_and_disjoint_jacobian_fn
+
+
+def directional_derivatives(loss_fn: Callable, has_aux: bool = False) -> Callable:
+    """<g_k, v> for all tasks and one direction v, by one forward-mode pass: no per-task gradient is computed.
 
     Args:
       loss_fn: as for `value_and_jacobian`.
-      method: a transform of `mtjax.optim` that is derived from a `Weighting`, or a `Weighting`.
-      has_aux: whether `loss_fn` returns `(losses, aux)`.
-      chunk_size: backward passes at once while the Gramian is computed. None: all K, and each leaf's rows are dropped
-        as soon as they are summed. Otherwise fewer passes are alive at a time, but the rows of all K are kept.
+      has_aux: likewise.
 
     Returns:
-      A function `(params, state, *args) -> (losses f32[K], gradient, state)`, with `(losses, aux)` in the place of
-      `losses` under `has_aux`. `state` is `method.init(params)` for a transform, `weighting.init(K)` for a weighting.
+      A function `(params, direction, *args) -> (losses f[K], derivatives f[K])`, with `(losses, aux)` in the place of
+      `losses` under `has_aux`; `direction` is a pytree like `params`. Layers with a hand-written backward pass only
+      (`jax.custom_vjp`) have no forward mode: JAX raises a TypeError.
 
-    Raises:
-      ValueError: if the method needs more of the Jacobian than its Gramian; as for `value_and_jacobian`.
+    >>> import jax.numpy as jnp
+    >>> fn = directional_derivatives(lambda p: {"a": p[0] * p[1], "b": p[0] - p[1]})
+    >>> [value.tolist() for value in fn(jnp.array([2.0, 3.0]), jnp.array([1.0, 1.0]))]
+    [[6.0, -1.0], [5.0, 0.0]]
     """
-    from mtjax.optim import base  # the transform contract stands on this module
 
-    _check_chunk_size(chunk_size)
-    bare = isinstance(method, base.Weighting)
-    transform = base.from_weighting(method) if bare else method
-    if getattr(transform, "weighting", None) is None:
-        raise ValueError(
-            "value_and_weighted_grad takes a method that is a Weighting (it needs the Gramian or the losses only); "
-            "this one needs the Jacobian itself: use value_and_jacobian and the method's update"
-        )
-    weighting = transform.weighting
+    def directional_derivatives_fn(params, direction, *args, **kwargs):
+        stacked = stacked_loss(loss_fn, has_aux, args, kwargs)
+        losses, derivatives, aux = jax.jvp(stacked, (params,), (direction,), has_aux=True)
+        return ((losses, aux) if has_aux else losses), derivatives
 
-    def value_and_weighted_grad_fn(params, state, *args, **kwargs):
-        losses, pullback, aux = _losses_and_vjp(loss_fn, has_aux, params, args, kwargs)
-        num_tasks = losses.shape[0]
-        state = base.MethodState.wrap(state, num_tasks) if bare else base.materialize(state, num_tasks)
-
-        shared = base.shared_leaves(transform.is_shared, params)
-        gram = None
-        if weighting.needs_gramian:
-            rows = _rows(pullback, num_tasks, chunk_size)
-            shared = base.shared_leaves(transform.is_shared, params, rows)
-            gram = base.shared_gramian(rows, shared)
-        elif shared is None:
-            rows = _rows(pullback, num_tasks, chunk_size)
-            shared = base.shared_leaves(transform.is_shared, params, rows)
-        state = base.weigh(weighting, gram, losses, state)
-        gradient = pullback(state.weights)
-        if not base.all_shared(shared):
-            # Unused halves of the two passes are dead code: the trunk is walked back once for shared leaves only.
-            gradient = base.select_shared(shared, gradient, pullback(jnp.ones_like(state.weights)))
-        return ((losses, aux) if has_aux else losses), gradient, (state.inner if bare else state)
-
-    return value_and_weighted_grad_fn
+    return directional_derivatives_fn
 
 
 class Conflict(NamedTuple):
@@ -234,7 +260,7 @@ def conflict(jacobian_or_gramian: PyTree) -> Conflict:
     """
     x = jacobian_or_gramian
     is_gramian = hasattr(x, "shape") and len(x.shape) == 2 and x.shape[0] == x.shape[1]
-    gram = jnp.asarray(x, jnp.float32) if is_gramian else gramian(x)
+    gram = jnp.asarray(x, float) if is_gramian else gramian(x)
     num_tasks = gram.shape[0]
     norm = jnp.sqrt(jnp.diagonal(gram))
     # Norms are divided one after the other: their product may leave float32's range where the ratio does not.

@@ -202,7 +202,8 @@ def fit(
       A `Fit`.
 
     Raises:
-      NonFiniteLossError: if a loss or the parameters become NaN or infinite; no checkpoint holds such a state.
+      NonFiniteLossError: if a loss or the parameters become NaN or infinite; no checkpoint holds such a state. (Losses
+        may under a method wrapped in `mtjax.optim.nonfinite` with another policy than 'propagate'.)
       ValueError: for arguments that do not fit, a directory that already holds a run (without `resume`), or a resume
         of a run with another configuration or model.
     """
@@ -299,7 +300,9 @@ def fit(
             losses = np.asarray(step_metrics.losses)[:, :count]
             log.add(losses, rows=count * rows_per_step, seconds=time.perf_counter() - began)
             open_ = _open(state, config.patience)
-            _check_finite(losses, np.asarray(finite), open_, tasks, step, lanes, saved_step)
+            # A method that leaves out bad tasks or steps answers for its losses; parameters must be finite either way.
+            checked = losses if getattr(method, "nonfinite", "propagate") == "propagate" else np.zeros_like(losses)
+            _check_finite(checked, np.asarray(finite), open_, tasks, step, lanes, saved_step)
             step += count
             note = None
             if offset + count == until:

@@ -1,7 +1,7 @@
 """The train step: per-task losses -> weights or Jacobian -> direction -> optax. One pure function.
 
-It takes any method of `mtjax.optim` and picks the cheaper route by what the method declares: methods that are
-weightings never build the Jacobian (`value_and_weighted_grad`), others do.
+It takes any method of `mtjax.optim`; `value_and_update` goes by what the method declares: methods that are weightings
+never build the Jacobian, others do, or bring a route of their own; some want to see the losses after the step.
 
 Letters: K tasks, B batch.
 """
@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtjax.gradients import conflict, value_and_jacobian, value_and_weighted_grad
-from mtjax.optim.base import Method
+from mtjax.gradients import conflict, value_and_jacobian
+from mtjax.optim.base import Method, choose
+from mtjax.optim.routes import observe, observes, value_and_update
 from mtjax.tasks import Task, task_losses
 from mtjax.train.state import OptimizerFactory, TrainState
 
@@ -26,7 +27,7 @@ class StepMetrics(NamedTuple):
 
     Attributes:
       losses: f32[K] before the update.
-      weights: f32[K] of the method; None for methods without weights.
+      weights: f32[K] of the method, NaN if its update is no weighted sum; None for aggregators of other libraries.
     """
 
     losses: jax.Array
@@ -70,28 +71,21 @@ def make_train_step(
       optimizer: `learning_rate -> optax transformation`, e.g. `optax.adamw`.
       chunk_size: backward passes at once (see `value_and_jacobian`).
     """
-    by_weights = getattr(method, "weighting", None) is not None
-    if by_weights:
-        gradient_fn = value_and_weighted_grad(loss_fn, method, chunk_size=chunk_size)
-    else:
-        jacobian_fn = value_and_jacobian(loss_fn, chunk_size=chunk_size)
-
-        def gradient_fn(params, method_state, *args):
-            losses, jacobian = jacobian_fn(params, *args)
-            gradient, method_state = method.update(jacobian, method_state, params, losses=losses)
-            return losses, gradient, method_state
+    gradient_fn = value_and_update(loss_fn, method, chunk_size=chunk_size)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
         rng = jax.random.fold_in(state.rng, state.step)
         losses, gradient, method_state = gradient_fn(state.params, state.method_state, batch, rng)
         updates, opt_state = optimizer(state.learning_rate).update(gradient, state.opt_state, state.params)
-        state = state.replace(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
-            method_state=method_state,
-        )
-        return state, StepMetrics(losses, method_state.weights if by_weights else None)
+        params = optax.apply_updates(state.params, updates)
+        if observes(method):
+            method_state = observe(method, method_state, loss_fn(params, batch, rng))
+        if getattr(method, "nonfinite", "propagate") == "skip_step":
+            # Neither momentum nor weight decay may move the parameters.
+            old = (state.params, state.opt_state)
+            params, opt_state = choose(method_state.present.all(), (params, opt_state), old)
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, method_state=method_state)
+        return state, StepMetrics(losses, getattr(method_state, "weights", None))
 
     return train_step
 

@@ -292,8 +292,8 @@ def test_default_detection_sees_who_depends_on_a_leaf():
     assert state.gramian.tolist() == [[1, 3, 0], [3, 9, 0], [0, 0, 0]]
 
 
-def test_on_shared_needs_a_weighting():
-    with pytest.raises(ValueError, match=r"on_shared takes a method of mtjax.optim that is derived from a Weighting"):
+def test_on_shared_needs_a_method():
+    with pytest.raises(ValueError, match=r"on_shared takes a method of mtjax.optim \(apply it before optax.chain\)"):
         mtjax.optim.on_shared(optax.sgd(0.1))
 
 
