@@ -31,6 +31,7 @@ import jax.numpy as jnp
 
 PyTree = Any
 HIGHEST = jax.lax.Precision.HIGHEST
+SLICE = 65_536  # numbers of all rows together in a slice of `sliced_gramian`: a quarter of a megabyte
 
 
 def stack_losses(losses: Mapping[str, jax.Array] | jax.Array) -> jax.Array:
@@ -89,7 +90,9 @@ def check_chunk_size(chunk_size: int | None) -> None:
         raise ValueError(f"chunk_size must be None or >= 1, got {chunk_size}")
 
 
-def value_and_jacobian(loss_fn: Callable, has_aux: bool = False, chunk_size: int | None = None) -> Callable:
+def value_and_jacobian(
+    loss_fn: Callable, has_aux: bool = False, chunk_size: int | None = None, *, separate: bool = False
+) -> Callable:
     """Like `jax.value_and_grad`, for a vector of losses.
 
     Args:
@@ -99,6 +102,9 @@ def value_and_jacobian(loss_fn: Callable, has_aux: bool = False, chunk_size: int
       has_aux: whether `loss_fn` returns `(losses, aux)`.
       chunk_size: how many of the K backward passes run at once; bounds memory. None: all. 1: one by one, without vmap,
         for layers that have no batching rule.
+      separate: every task's row comes from a backward pass of its own loss alone. In a common one the other losses take
+        part with cotangent 0, and 0 times infinity is NaN: a single bad task spoils every row. Needs losses as a dict;
+        K backward passes are compiled instead of one.
 
     Returns:
       A function `(params, *args) -> (losses f32[K], jacobian)`, or `((losses, aux), jacobian)` with `has_aux`.
@@ -110,11 +116,41 @@ def value_and_jacobian(loss_fn: Callable, has_aux: bool = False, chunk_size: int
     check_chunk_size(chunk_size)
 
     def value_and_jacobian_fn(params, *args, **kwargs):
-        losses, pullback, aux = losses_and_vjp(loss_fn, has_aux, params, args, kwargs)
-        jacobian = rows_of(pullback, losses.shape[0], chunk_size)
+        if separate:
+            losses, pullbacks, aux = separate_pullbacks(loss_fn, has_aux, params, args, kwargs)
+            rows = [pullback() for pullback in pullbacks]
+            jacobian = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+        else:
+            losses, pullback, aux = losses_and_vjp(loss_fn, has_aux, params, args, kwargs)
+            jacobian = rows_of(pullback, losses.shape[0], chunk_size)
         return ((losses, aux) if has_aux else losses), jacobian
 
     return value_and_jacobian_fn
+
+
+def separate_pullbacks(loss_fn: Callable, has_aux: bool, params: PyTree, args: tuple, kwargs: dict):
+    """losses f[K], one function `() -> gradient` per task that sees no other task's loss, and aux.
+
+    Raises:
+      ValueError: if the losses are an array: a task's part of it cannot be told from the others'.
+    """
+
+    def losses_and_aux(params):
+        result = loss_fn(params, *args, **kwargs)
+        return result if has_aux else (result, None)
+
+    losses, aux = losses_and_aux(params)
+    if not isinstance(losses, Mapping):
+        raise ValueError(
+            "Leaving out tasks whose loss is not finite needs the losses as a dict of scalars: in an array f[K] all "
+            f"tasks share one backward pass, in which NaN reaches every row; got an array of shape {jnp.shape(losses)}"
+        )
+
+    def pullback_of(name):
+        # XLA computes what these forward passes have in common once.
+        return lambda: jax.grad(lambda p: stack_losses({name: losses_and_aux(p)[0][name]})[0])(params)
+
+    return stack_losses(losses), [pullback_of(name) for name in losses], aux
 
 
 def num_rows(jacobian: PyTree) -> int:
@@ -137,10 +173,35 @@ def leaf_gramian(rows: jax.Array, columns: jax.Array | None = None) -> jax.Array
     Accumulated in float32, or float64 for float64 leaves.
     """
     columns = rows if columns is None else columns
+    large = rows.ndim > 2 and rows.size > 4 * SLICE and rows[0, 0].size <= SLICE
+    if large and jax.default_backend() == "cpu" and jax.device_count() == 1:
+        return sliced_gramian(rows, columns)
     # Contracted as it is: flattened, a leaf that a mesh shards along a minor axis would be gathered first.
     trailing = tuple(range(1, rows.ndim))
     wide = jnp.promote_types(jnp.float32, rows.dtype)
     return jnp.tensordot(rows, columns, axes=(trailing, trailing), precision=HIGHEST, preferred_element_type=wide)
+
+
+def sliced_gramian(rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """`leaf_gramian` of leaves [K, n, ...] slice by slice along n: on a CPU several times faster than one contraction.
+
+    XLA copies the operands of the latter, and streams them through memory; slices stay in the cache.
+    """
+    num_tasks, size = rows.shape[:2]
+    step = min(size, max(1, SLICE // (num_tasks * rows[0, 0].size)))
+    wide = jnp.promote_types(jnp.float32, rows.dtype)
+
+    def product(start, length):
+        a, b = (
+            jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=1).reshape(num_tasks, -1) for leaf in (rows, columns)
+        )
+        return jnp.matmul(a, b.T, precision=HIGHEST, preferred_element_type=wide)
+
+    whole, rest = divmod(size, step)
+    total = jax.lax.fori_loop(
+        0, whole, lambda i, total: total + product(i * step, step), jnp.zeros((num_tasks, num_tasks), wide)
+    )
+    return total + product(whole * step, rest) if rest else total
 
 
 def gramian(jacobian: PyTree) -> jax.Array:

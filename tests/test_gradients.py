@@ -271,7 +271,9 @@ def test_weighted_gradient_of_a_bare_weighting(expected):
 
 def test_weighted_gradient_refuses_a_method_without_weights():
     trimmed = mtjax.optim.Aggregator(lambda params: (), lambda jacobian, state, params=None: (jacobian, state))
-    with pytest.raises(ValueError, match="this one needs the Jacobian itself, or gradients elsewhere: use value_and_update"):
+    with pytest.raises(
+        ValueError, match="this one needs the Jacobian itself, or gradients elsewhere: use value_and_update"
+    ):
         mtjax.value_and_weighted_grad(loss_fn, trimmed)
 
 

@@ -184,25 +184,38 @@ def flat_regions(method: Method, rho: float = 0.05, *, rho_specific: float | Non
 
     def route(loss_fn, outer, *, has_aux, chunk_size):
         def flat_regions_fn(params, state, *args):
-            losses, pullback, aux = gradients.losses_and_vjp(loss_fn, has_aux, params, args, {})
+            # A task that is to be left out must not reach the rows of the others.
+            separate = method.nonfinite == "drop_task"
+            jacobian_fn = gradients.value_and_jacobian(loss_fn, has_aux, chunk_size, separate=separate)
+            result, rows = jacobian_fn(params, *args)
+            losses = result[0] if has_aux else result
             num_tasks = losses.shape[0]
-            rows = gradients.rows_of(pullback, num_tasks, chunk_size)
             shared = sharing.shared_leaves(method.is_shared, params, rows)
 
-            def at_own_point(task):
+            def own_point(task):
                 row = jax.tree.map(lambda leaf: leaf[task], rows)
                 mine, own = _parts(shared, row)
                 step = jax.tree.map(jnp.add, _along(mine, rho), _along(own, rho_specific))
-                away = jax.tree.map(jnp.add, params, step)
-                return jax.grad(lambda p: gradients.stacked_loss(loss_fn, has_aux, args, {})(p)[0][task])(away)
+                return jax.tree.map(jnp.add, params, step)
+
+            def at_own_point(task):
+                stacked = gradients.stacked_loss(loss_fn, has_aux, args, {})
+                return jax.grad(lambda p: stacked(p)[0][task])(own_point(task))
 
             tasks = jnp.arange(num_tasks)
-            if chunk_size is None or chunk_size >= num_tasks:
+            if separate:
+                points = [
+                    gradients.separate_pullbacks(loss_fn, has_aux, own_point(k), args, {}) for k in range(num_tasks)
+                ]
+                perturbed = jax.tree.map(
+                    lambda *g: jnp.stack(g), *[pulls[k]() for k, (_, pulls, _) in enumerate(points)]
+                )
+            elif chunk_size is None or chunk_size >= num_tasks:
                 perturbed = jax.vmap(at_own_point)(tasks)
             else:
                 perturbed = jax.lax.map(at_own_point, tasks, batch_size=None if chunk_size == 1 else chunk_size)
             gradient, state = outer.update(rows, state, params, losses=losses, perturbed=perturbed)
-            return ((losses, aux) if has_aux else losses), gradient, state
+            return result, gradient, state
 
         return flat_regions_fn
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from mtjax import gradients
-from mtjax.optim import base, routes
+from mtjax.optim import base
 
 PyTree = Any
 
@@ -76,19 +76,25 @@ def _route(loss_fn: Callable, method: base.Method, *, has_aux: bool, chunk_size:
     def representation_fn(params, state, batch, *rest):
         features, encode_pullback = jax.vjp(lambda p: loss_fn.encode(p, batch, *rest), params)
 
-        def of_heads(p, z):
-            return gradients.stacked_loss(loss_fn.heads, has_aux, (z, batch, *rest), {})(p)
+        args = (batch, *rest)
+        if method.nonfinite == "drop_task":  # a bad task must not reach the rows of the others
+            both = lambda p_and_z, *args: loss_fn.heads(*p_and_z, *args)  # noqa: E731
+            losses, pullbacks, aux = gradients.separate_pullbacks(both, has_aux, (params, features), args, {})
+            of_params, rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[pullback() for pullback in pullbacks])
+            own = jax.tree.map(lambda g: g.sum(0), base.drop_rows(of_params, base.admitted(method, losses, rows)))
+        else:
 
-        losses, heads_pullback, aux = jax.vjp(of_heads, params, features, has_aux=True)
-        rows = gradients.rows_of(lambda cotangent: heads_pullback(cotangent)[1], losses.shape[0], chunk_size)
+            def of_heads(p, z):
+                return gradients.stacked_loss(loss_fn.heads, has_aux, (z, *args), {})(p)
+
+            losses, heads_pullback, aux = jax.vjp(of_heads, params, features, has_aux=True)
+            rows = gradients.rows_of(lambda cotangent: heads_pullback(cotangent)[1], losses.shape[0], chunk_size)
+            own = heads_pullback(jnp.ones_like(losses))[0]
         direction, state = method.update(rows, state, features, losses=losses)
-        present = base.admitted(method, losses, rows)
-        of_own = lambda cotangent: heads_pullback(cotangent)[0]  # noqa: E731
-        if method.nonfinite == "drop_task":
-            of_own = routes.careful(of_own, present)
-        gradient = jax.tree.map(jnp.add, encode_pullback(direction)[0], of_own(jnp.ones_like(losses)))
+        gradient = jax.tree.map(jnp.add, encode_pullback(direction)[0], own)
         if method.nonfinite == "skip_step":
-            gradient = jax.tree.map(lambda g: jnp.where(present.all(), g, jnp.zeros_like(g)), gradient)
+            usable = state.present.all()
+            gradient = jax.tree.map(lambda g: jnp.where(usable, g, jnp.zeros_like(g)), gradient)
         return ((losses, aux) if has_aux else losses), gradient, state
 
     return representation_fn

@@ -2,10 +2,10 @@ r"""From a loss function and a method to an update, by the cheapest way that the
 
 `value_and_update(loss_fn, method)` is all that a training loop needs. Behind it there are
 
-* the *weighted* route of methods that are weightings: the Gramian, then one backward pass with the method's weights as
-  cotangent. The Jacobian never exists as a whole: its leaves are reduced to K x K and dropped one after the other, or,
-  with `chunk_size=c`, a column of the Gramian is the derivative of all losses along g_k (one backward and one
-  forward-mode pass), with c gradients in memory at a time;
+* the *weighted* route of methods that are weightings: the Gramian, then the gradient with the method's weights. The
+  Jacobian never exists as a whole: rows of dense layers are not even formed (`mtjax.layer_rows`), other leaves are
+  reduced to K x K and dropped one after the other, or, with `chunk_size=c`, a column of the Gramian is the derivative
+  of all losses along g_k (one backward and one forward-mode pass), with c gradients in memory at a time;
 * the *Jacobian* route of all others;
 * the route that a method brings (`Method.route`): several batches, perturbed parameters, representations.
 
@@ -21,9 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from mtjax import gradients
+from mtjax.layer_rows import losses_and_rows
 from mtjax.optim import base, sharing
 
 PyTree = Any
+MOSTLY_COMPRESSED = 0.25
+"""Share of the parameters whose rows may be kept in memory until the weights are known."""
 
 
 def value_and_update(loss_fn: Callable, method: Any, has_aux: bool = False, chunk_size: int | None = None) -> Callable:
@@ -57,8 +60,9 @@ def value_and_update(loss_fn: Callable, method: Any, has_aux: bool = False, chun
 
 
 def jacobian_route(loss_fn: Callable, method: Any, *, has_aux: bool, chunk_size: int | None) -> Callable:
-    """All rows, then the method's update."""
-    jacobian_fn = gradients.value_and_jacobian(loss_fn, has_aux, chunk_size)
+    """All rows, then the method's update. A method that leaves out bad tasks gets each row from a pass of its own."""
+    separate = getattr(method, "nonfinite", "propagate") == "drop_task"
+    jacobian_fn = gradients.value_and_jacobian(loss_fn, has_aux, chunk_size, separate=separate)
 
     def jacobian_route_fn(params, state, *args, **kwargs):
         result, jacobian = jacobian_fn(params, *args, **kwargs)
@@ -97,41 +101,53 @@ def value_and_weighted_grad(
             "value_and_weighted_grad takes a method that is a Weighting (it needs the Gramian or the losses only); "
             "this one needs the Jacobian itself, or gradients elsewhere: use value_and_update"
         )
-    weighting, policy = transform.weighting, transform.nonfinite
+    if transform.nonfinite == "drop_task":
+        return jacobian_route(loss_fn, transform, has_aux=has_aux, chunk_size=chunk_size)
+    weighting, watchful = transform.weighting, transform.nonfinite == "skip_step"
 
     def value_and_weighted_grad_fn(params, state, *args, **kwargs):
         stacked = gradients.stacked_loss(loss_fn, has_aux, args, kwargs)
-        losses, pullback, push, aux = _linearized(stacked, params, forward_mode=chunk_size is not None)
+        shared = sharing.shared_leaves(transform.is_shared, params)
+        looks = weighting.needs_gramian or watchful or shared is None
+        combine = None
+        if not looks or chunk_size is not None:
+            losses, pullback, push, aux = linearized(stacked, params, forward_mode=looks)
+        else:
+            losses, pullback, rows_fn, aux, written_out = losses_and_rows(stacked, params)
         num_tasks = losses.shape[0]
         old = base.MethodState.wrap(state, num_tasks) if bare else base.materialize(state, num_tasks, params)
 
-        shared = sharing.shared_leaves(transform.is_shared, params)
-        needs_rows = policy != "propagate" or shared is None
-        gram, present = None, None
-        if weighting.needs_gramian or needs_rows:
-            gramian_fn = _gramian_by_rows if push is None else _gramian_by_columns
-            measure = lambda: gramian_fn(pullback, push, losses, shared, transform, chunk_size)  # noqa: E731
-            if weighting.due is None or needs_rows:
-                gram, present, shared = measure()
-            else:
-                last = (old.gramian, jnp.ones((num_tasks,), bool))
-                gram, present = jax.lax.cond(weighting.due(old.inner), lambda: measure()[:2], lambda: last)
-        admitted = losses if policy == "propagate" else jnp.where(present, losses, 0.0)
-        new = base.weigh(weighting, gram if weighting.needs_gramian else None, admitted, old, present)
+        def measure():
+            if chunk_size is not None:
+                return *_gramian_by_columns(pullback, push, losses, shared, transform, chunk_size), None
+            rows = rows_fn()
+            flags = sharing.shared_leaves(None, None, rows.left) if shared is None else shared
+            gram = _symmetric(sharing.shared_gramian(rows.left, flags, rows.right))
+            # What is in memory anyway gives the gradient without another backward pass.
+            stored = rows.combine if written_out <= MOSTLY_COMPRESSED else None
+            return gram, base.admitted(transform, losses, rows.left), flags, stored
 
-        pull = pullback if policy == "propagate" else careful(pullback, present)
+        gram, present = None, jnp.ones((num_tasks,), bool)
+        if looks and (weighting.due is None or watchful or shared is None):
+            gram, present, shared, combine = measure()
+        elif looks:
+            last = (old.gramian, present)
+            gram, present = jax.lax.cond(weighting.due(old.inner), lambda: measure()[:2], lambda: last)
+        new = base.weigh(weighting, gram if weighting.needs_gramian else None, losses, old, present)
+
+        pull = combine or pullback
         gradient = pull(new.weights.astype(losses.dtype))
         if not sharing.all_shared(shared):
             # Unused halves of the two passes are dead code: the trunk is walked back once for shared leaves only.
             gradient = sharing.select_shared(shared, gradient, pull(jnp.ones_like(losses)))
-        if policy == "skip_step":
+        if watchful:
             gradient, new = base.skip(present, gradient, new, old)
         return ((losses, aux) if has_aux else losses), gradient, (new.inner if bare else new)
 
     return value_and_weighted_grad_fn
 
 
-def _linearized(stacked: Callable, params: PyTree, *, forward_mode: bool):
+def linearized(stacked: Callable, params: PyTree, *, forward_mode: bool):
     """losses, pull-back, push-forward (None unless asked for) and aux, from one forward pass."""
     if not forward_mode:
         losses, pullback, aux = jax.vjp(stacked, params, has_aux=True)
@@ -141,19 +157,17 @@ def _linearized(stacked: Callable, params: PyTree, *, forward_mode: bool):
     return losses, lambda cotangent: transpose(cotangent)[0], push, aux
 
 
-def _gramian_by_rows(pullback, push, losses, shared, method, chunk_size):
-    """Gramian, tasks that take part, and shared leaves, from all K rows at once."""
-    del push, chunk_size
-    rows = gradients.rows_of(pullback, losses.shape[0], None)
-    present = base.admitted(method, losses, rows)
-    if method.nonfinite == "drop_task":
-        rows = base.drop_rows(rows, present)
-    shared = sharing.shared_leaves(None, None, rows) if shared is None else shared
-    return sharing.shared_gramian(rows, shared), present, shared
+def _symmetric(gram: jax.Array) -> jax.Array:
+    """The two sides of an inner product are rounded apart; rules rely on symmetry and on squares >= 0."""
+    gram = 0.5 * (gram + gram.T)
+    return gram + jnp.diag(jnp.maximum(-jnp.diagonal(gram), 0.0))
 
 
 def _gramian_by_columns(pullback, push, losses, shared, method, chunk_size):
-    """The same with `chunk_size` gradients in memory: column k is the derivative of all losses along g_k."""
+    """Gramian, tasks that take part, and shared leaves, with `chunk_size` gradients in memory.
+
+    Column k is the derivative of all losses along g_k.
+    """
     num_tasks = losses.shape[0]
 
     def gradient_of(task):
@@ -174,14 +188,11 @@ def _gramian_by_columns(pullback, push, losses, shared, method, chunk_size):
         return push(along), present
 
     gram, present = over_tasks(column)
-    gram = 0.5 * (gram + gram.T)  # rows and columns agree to rounding; methods rely on symmetry
-    if method.nonfinite == "drop_task":
-        gram = jnp.where(present[:, None] & present[None, :], gram, 0.0)
-    return gram, present, shared
+    return _symmetric(gram), present, shared
 
 
 def careful(pullback: Callable, present: jax.Array) -> Callable:
-    """A pull-back that tasks which are not present cannot spoil: 0 times infinity is NaN in a joint backward pass."""
+    """A pull-back without the tasks that are not present: 0 times infinity would be NaN in a joint backward pass."""
 
     def one_by_one(cotangent):
         def add(total, task):
