@@ -140,6 +140,47 @@ def log_loss() -> Metric:
 
 
 @functools.cache
+def expected_calibration_error(bins: int = 15) -> Metric:
+    r"""Gap between confidence and accuracy, "ECE": how far predicted probabilities are from the frequencies they claim.
+
+        ECE = sum_b W_b / W |acc_b - conf_b| = sum_b |sum_{i in b} w_i (c_i - h_i)| / sum_i w_i
+
+    c is the probability of the predicted class (its *confidence*), h is 1 where that class is right; bin b of M holds
+    the rows with (b - 1) / M < c <= b / M. A probability [B] is one of two classes, so its confidence is max(p, 1 - p):
+    the value is that of the two columns (1 - p, p). The second form is what is kept: one number per bin, which sums
+    over batches and shards.
+
+    Args:
+      bins: M, equally wide.
+
+    Raises:
+      ValueError: if bins is less than 1.
+
+    Reference: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3 (and 15 bins).
+    """
+    if bins < 1:
+        raise ValueError(f"expected_calibration_error needs at least 1 bin, got {bins}")
+    inner = np.arange(1, bins, dtype=np.float32) / np.float32(bins)
+
+    def statistic(prediction: jax.Array, label: jax.Array, weight: jax.Array | None = None) -> streaming.Mean:
+        prediction, label, weight = streaming.rows("expected_calibration_error", prediction, label, weight)
+        if prediction.ndim == label.ndim:
+            confidence, hit = jnp.maximum(prediction, 1 - prediction), (prediction > 0.5) == (label == 1)
+        else:
+            confidence, hit = prediction.max(-1), prediction.argmax(-1) == label
+        gap = weight * (confidence - hit)
+        # The number of edges below c is the number of its bin.
+        bin_of = (confidence[..., None] > inner.reshape((1,) * confidence.ndim + (-1,))).sum(-1)
+        return streaming.Mean((gap[..., None] * streaming.one_hot(bin_of, bins)).sum(-2), weight.sum(-1))
+
+    def compute(state: streaming.Mean) -> jax.Array:
+        xp = streaming.namespace(state)
+        return xp.abs(state.total).sum(-1) / xp.where(state.weight == 0, xp.nan, state.weight)
+
+    return Metric("expected_calibration_error", False, statistic, streaming.add, compute)
+
+
+@functools.cache
 def mae() -> Metric:
     """Mean absolute error, `mean |y - p|`."""
     return weighted_mean("mae", lambda p, y: jnp.abs(y - p), higher_is_better=False, class_axis=False)

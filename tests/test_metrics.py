@@ -1,6 +1,7 @@
 """Metrics: equal to scikit-learn on the concatenation, for any partition, merge order, mask, seed axis and mesh."""
 
 import functools
+import itertools
 import random
 from collections.abc import Callable
 from typing import NamedTuple
@@ -37,6 +38,21 @@ def sk_r2(p, y, w):
     return sk.r2_score(y, p, sample_weight=w) if len(y) > 1 else np.nan
 
 
+def calibration_error(p, y, w, bins=15):
+    """Guo et al. (2017), equation 3, bin by bin: W_b / W |acc_b - conf_b|; scikit-learn does not have it."""
+    p = np.stack([1 - p, p], -1) if p.ndim == 1 else p
+    confidence, hit = p.max(-1), p.argmax(-1) == y
+    edges = np.arange(bins + 1, dtype=np.float32) / np.float32(bins)
+    error = 0.0
+    for lower, upper in itertools.pairwise(edges):
+        inside = (confidence > lower) & (confidence <= upper)
+        if inside.any():
+            of_bin = w[inside]
+            gap = (of_bin * hit[inside]).sum() / of_bin.sum() - (of_bin * confidence[inside]).sum() / of_bin.sum()
+            error += of_bin.sum() / w.sum() * abs(gap)
+    return error
+
+
 CASES = {
     "accuracy": Case(metrics.accuracy(), "binary", lambda p, y, w: sk.accuracy_score(y, p > 0.5, sample_weight=w)),
     "accuracy_multiclass": Case(
@@ -56,6 +72,8 @@ CASES = {
         "multiclass",
         lambda p, y, w: sk.log_loss(y, p, sample_weight=w, labels=np.arange(C, dtype=float)),
     ),
+    "calibration": Case(metrics.expected_calibration_error(), "binary", calibration_error),
+    "calibration_multiclass": Case(metrics.expected_calibration_error(), "multiclass", calibration_error),
     "auroc": Case(metrics.auroc(), "binary", sk_auroc),
     "auroc_ovr": Case(metrics.auroc_ovr(), "multiclass", sk_auroc_ovr),
     "explained_variance": Case(
@@ -273,6 +291,40 @@ def test_binned_auroc_states_sum_over_shards():
     assert np.isnan(metric.compute(metric.statistic(jnp.array([0.2, jnp.nan]), jnp.array([0.0, 1.0]))))
     with pytest.raises(ValueError, match="at least 2 bins"):
         metrics.auroc(bins=1)
+
+
+def test_calibration_error_by_hand():
+    """Two bins, (0, 0.5] and (0.5, 1]: in the first 0.4 and 0.5, one right; in the second 0.9 and 0.6, both wrong.
+
+    |1 - 0.9| + |0 - 1.5|, over 4 rows: (0.1 + 1.5) / 4 = 0.4.
+    """
+    probability = [[0.4, 0.3, 0.3], [0.5, 0.25, 0.25], [0.9, 0.1, 0.0], [0.2, 0.2, 0.6]]
+    value = values_of([metrics.expected_calibration_error(2)], probability, [0.0, 1.0, 1.0, 0.0])
+    np.testing.assert_allclose(value, 0.4, rtol=1e-6)
+
+
+def test_calibration_error_of_two_classes_is_that_of_two_columns(rng):
+    label = rng.integers(0, 2, 200)
+    p = rng.random(200).astype(np.float32)
+    for bins in (1, 7, 15):
+        metric = metrics.expected_calibration_error(bins)
+        one = values_of([metric], p, label)
+        np.testing.assert_allclose(one, values_of([metric], np.stack([1 - p, p], -1), label), rtol=1e-5)
+        np.testing.assert_allclose(one, calibration_error(p, label, np.ones(200), bins), rtol=1e-5)
+    with pytest.raises(ValueError, match="at least 1 bin, got 0"):
+        metrics.expected_calibration_error(0)
+
+
+def test_calibrated_predictions_have_a_small_error_and_overconfident_ones_a_known_one(rng):
+    p = rng.random(20_000).astype(np.float32)
+    label = (rng.random(20_000) < p).astype(np.float32)
+    # 8 bins of 2,500 rows: the noise of a bin's accuracy is below 0.01.
+    assert values_of([metrics.expected_calibration_error()], p, label)[0] < 0.015
+    # Always certain, right half of the time.
+    coin = rng.integers(0, 2, 20_000)
+    certain = np.ones(20_000, np.float32)
+    error = values_of([metrics.expected_calibration_error()], certain, coin)[0]
+    np.testing.assert_allclose(error, 1 - coin.mean(), rtol=1e-5)
 
 
 def values_of(metric_list, prediction, label):

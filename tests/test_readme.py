@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import mtjax
+
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
@@ -33,10 +35,10 @@ def test_extras_exist():
 
 
 def test_options_of_the_shell_examples_exist():
-    script = (ROOT / "experiments" / "tabular" / "multitab.py").read_text()
     for line in "".join(blocks("bash")).splitlines():
-        words = shlex.split(line)
-        assert words[:2] == ["python", "experiments/tabular/multitab.py"]
+        words = shlex.split(line, comments=True)
+        assert words[0] == "python" and words[1].startswith("experiments/")
+        script = (ROOT / words[1]).read_text()
         for option in (word.removeprefix("--") for word in words if word.startswith("--")):
             assert re.search(rf"^    {option}: ", script, flags=re.MULTILINE), option
 
@@ -74,6 +76,21 @@ def test_the_example_runs_and_learns():
         first = losses if first is None else first
     assert losses.shape == (2,) and (losses < first).all()
     assert names["mtjax"].optim.diagnostics(state).weights.shape == (2,)
+
+
+def test_the_method_of_the_text_is_one():
+    """The second python block, by both routes and with a task that is left out."""
+    names = {}
+    exec(compile(blocks("python")[1], "README.md", "exec"), names)
+    method = mtjax.optim.nonfinite(names["inverse_norm"](), "drop_task")
+    assert len(blocks("python")[1].splitlines()) <= 60
+    loss_fn = lambda p: {"a": 3.0 * p[0], "b": 4.0 * p[1], "c": p[0] * jnp.inf}  # noqa: E731
+    params = jnp.ones(2)
+    _, weighted, state = mtjax.value_and_update(loss_fn, method)(params, method.init(params))
+    losses, jacobian = mtjax.value_and_jacobian(loss_fn, separate=True)(params)
+    direction, _ = method.update(jacobian, method.init(params), params, losses=losses)
+    assert weighted.tolist() == direction.tolist() == pytest.approx([1.0, 1.0])
+    assert state.weights.tolist() == pytest.approx([1 / 3, 1 / 4, 0.0])
 
 
 @pytest.mark.parametrize("name", re.findall(r"`mtjax\.(\w+)(?:\.\w+)?\(", TEXT))

@@ -92,8 +92,10 @@ def _perturbed(method: Method, perturbation: Callable[[PyTree, PyTree], PyTree])
         raise ValueError("sam and asam take a method of mtjax.optim (apply them before optax.chain)")
 
     def route(loss_fn, outer, *, has_aux, chunk_size):
-        del outer
-        inner = routes.value_and_update(loss_fn, method, has_aux, chunk_size)
+        # What was wrapped around it meanwhile (`on_shared`, `nonfinite`) holds at the perturbed point.
+        made_of_others = outer.weighting is None and outer.combination is None
+        there = method if made_of_others else outer.replace(route=method.route)
+        inner = routes.value_and_update(loss_fn, there, has_aux, chunk_size)
 
         def perturbed_fn(params, state, *args):
             losses, pullback, aux = gradients.losses_and_vjp(loss_fn, has_aux, params, args, {})

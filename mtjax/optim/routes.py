@@ -260,5 +260,5 @@ def split_batch(batch: PyTree, parts: int) -> list[PyTree]:
             )
 
     jax.tree_util.tree_map_with_path(check, batch)
-    cut = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
+    cut = jax.tree.map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), batch)
     return [jax.tree.map(lambda leaf: leaf[index], cut) for index in range(parts)]  # noqa: B023

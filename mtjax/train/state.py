@@ -76,7 +76,7 @@ class TrainState:
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=optimizer(learning_rate).init(params),
-            method_state=base.init(method, params, num_tasks=num_tasks),
+            method_state=own_keys(base.init(method, params, num_tasks=num_tasks), seed),
             rng=run_key,
             learning_rate=jnp.asarray(learning_rate, jnp.float32),
             best=Best(
@@ -86,6 +86,16 @@ class TrainState:
                 stale=jnp.zeros((num_groups,), jnp.int32),
             ),
         )
+
+
+def own_keys(state: PyTree, seed: jax.Array) -> PyTree:
+    """The state with the seed folded into its PRNG keys: lanes of a random method draw apart."""
+
+    def fold(leaf):
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.fold_in(leaf, seed) if is_key and leaf.ndim == 0 else leaf
+
+    return jax.tree.map(fold, state)
 
 
 def create_lanes(

@@ -1,4 +1,4 @@
-"""Solvers: optimality conditions and an independent float64 solution, on random, degenerate and badly scaled matrices.
+"""Solvers: optimality conditions and independent float64 solutions, on random, degenerate and badly scaled matrices.
 
 Letters: K tasks, P parameters; g_k the rows of J, n_k their norms; eps = 2^-23.
 """
@@ -15,11 +15,16 @@ from scipy.optimize import nnls
 
 from mtjax.optim import solvers
 
+from . import padded, reference
+from .cases import CASES
+
 EPS = 2.0**-23
 SIZES = (1, 2, 3, 5, 8)  # few, because every K compiles anew
 
 min_norm = jax.jit(solvers.min_norm_weights)
 qp = jax.jit(solvers.nonnegative_qp)
+many = jax.jit(jax.vmap(solvers.nonnegative_qp, (None, 0)))
+project = jax.jit(solvers.simplex_projection)
 
 
 def gram32(matrix):
@@ -255,16 +260,66 @@ def brute_force_qp(a, b):
 
 
 @settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from(SIZES))
-def test_nonnegative_qp_equals_brute_force_over_faces(seed, size):
-    rng = np.random.default_rng(seed)
+@given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from(SIZES), dtype=st.sampled_from(list(padded.DTYPES)))
+def test_nonnegative_qp_equals_brute_force_over_faces(seed, size, dtype):
+    rng, kind = np.random.default_rng(seed), padded.DTYPES[dtype][0]
     root = rng.normal(size=(size, size + 3))
     root /= np.linalg.norm(root, axis=1, keepdims=True)
     a, b = root @ root.T, rng.normal(size=size)
     expected = brute_force_qp(a, b)
     # An error of eps in A moves x by eps |A^-1| |x|.
-    bound = 32 * EPS * np.linalg.cond(a) * (1 + np.abs(expected).sum())
-    np.testing.assert_allclose(qp(jnp.float32(a), jnp.float32(b)), expected, atol=bound)
+    bound = 32 * np.finfo(kind).eps * np.linalg.cond(a) * (1 + np.abs(expected).sum())
+    with padded.precision(dtype):
+        x = qp(jnp.asarray(a, kind), jnp.asarray(b, kind))
+    np.testing.assert_allclose(x, expected, atol=bound)
+
+
+@pytest.mark.parametrize("dtype", padded.DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nonnegative_qps_of_one_matrix_side_by_side(family, dtype):
+    """The projections of all rows, against the best d* of a solver on the rows.
+
+    |d - d*|^2 <= |d|^2 - |d*|^2, which the cosines leave undetermined by eps a (a + a*), a = 1 + sum_k x_k.
+    """
+    kind = padded.DTYPES[dtype][0]
+    for seed, num_tasks in ((0, 8), (1, 8), (2, 8)):
+        matrix = sample(family, seed, num_tasks)
+        unit = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+        with padded.precision(dtype):
+            cosine = jnp.asarray(unit @ unit.T, kind)
+            x = np.asarray(many(cosine, -cosine), np.float64)
+        assert (x >= 0).all()
+        direction, arm = unit + x @ unit, 1 + x.sum(1)
+        assert (np.linalg.norm(direction, axis=1) <= 1 + 1e-3).all()
+        for row, d, a in zip(unit, direction, arm, strict=True):
+            best, multipliers = reference.project_on_cone(unit, row)
+            assert d @ d - best @ best <= 16 * np.finfo(kind).eps * a * (a + 1 + multipliers.sum())
+
+
+@pytest.mark.parametrize("num_params", [1, 20, 40, 64, 200])
+def test_nonnegative_qps_of_sixty_four_coordinates_are_optimal(num_params):
+    """b - A x is zero where x is positive and at most zero elsewhere, to rounding; both for float32 and float64."""
+    unit = np.random.default_rng(num_params).normal(size=(64, num_params))
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    for dtype, (kind, _) in padded.DTYPES.items():
+        with padded.precision(dtype):
+            cosine = np.asarray(unit @ unit.T, kind)
+            x = np.asarray(many(cosine, -cosine), np.float64)
+        rest = (-cosine - x @ cosine) / (1 + x.sum(1, keepdims=True)) / np.finfo(kind).eps
+        assert rest.max() < 32
+        assert np.abs(np.where(x > 0, rest, 0.0)).max() < 32
+
+
+def test_nonnegative_qp_of_an_unbounded_problem_is_large_and_finite():
+    """x_1 = x_2 = t costs nothing and gains t."""
+    x = qp(jnp.array([[1.0, -1.0], [-1.0, 1.0]]), jnp.array([1.0, 0.0]))
+    assert (jnp.isfinite(x) & (x > 1e4)).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nonnegative_qp_of_what_is_not_finite_is_nan(bad):
+    assert jnp.isnan(qp(jnp.eye(3).at[0, 1].set(bad), jnp.ones(3))).all()
+    assert jnp.isnan(qp(jnp.eye(3), jnp.ones(3).at[1].set(bad))).all()
 
 
 def test_nonnegative_qp_is_zero_where_nothing_pays():
@@ -281,3 +336,131 @@ def test_nonnegative_qp_leaves_no_cycle_on_opposite_coordinates():
     matrix = np.array([[1e3, 2e3], [1e-1, 1e-1], [-3e3, -6e3]])
     weights = np.asarray(min_norm(gram32(matrix)), np.float64)
     assert optimality_gap(matrix, weights) < 16
+
+
+# Tasks that are left out, and float64.
+
+
+def test_min_norm_of_the_rows_that_are_present_is_as_without_the_others():
+    masked = jax.jit(solvers.min_norm_weights)
+    for seed, family in enumerate(FAMILIES):
+        matrix = sample(family, seed, 5)
+        at = np.sort(np.random.default_rng(seed).choice(8, 5, replace=False))
+        gramian = np.zeros((8, 8), np.float32)
+        gramian[np.ix_(at, at)] = gram32(matrix)
+        weights = np.asarray(masked(gramian, jnp.zeros(8, bool).at[at].set(True)), np.float64)
+        assert weights.sum() == pytest.approx(1.0, abs=1e-6)
+        assert (np.delete(weights, at) == 0).all()
+        assert optimality_gap(matrix, weights[at]) < 16
+    assert masked(jnp.zeros((8, 8)), jnp.zeros(8, bool)).tolist() == [0.0] * 8
+    # A zero row that is present takes all the weight, absent ones none.
+    gramian = jnp.zeros((8, 8)).at[1, 1].set(4.0)
+    assert masked(gramian, jnp.arange(8) < 2).tolist() == [1.0] + [0.0] * 7
+    assert masked(gramian, jnp.arange(8) == 1).tolist() == [0.0, 1.0] + [0.0] * 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_min_norm_in_float64(family):
+    for seed in range(3):
+        matrix = sample(family, seed, 8)
+        with jax.enable_x64(True):
+            weights = min_norm(jnp.asarray(matrix @ matrix.T))
+            assert weights.dtype == jnp.float64
+            weights = np.asarray(weights)
+        assert optimality_gap(matrix, weights) < 16 * 2.0**-29  # in units of float32's eps
+
+
+# Cosines and cones.
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e10])
+def test_row_normalized_gives_cosines_at_any_scale(scale):
+    matrix = sample("row norms over six orders", 0, 5)
+    matrix[3] = 0
+    norm, cosine = jax.jit(solvers.row_normalized)(gram32(scale * matrix))
+    exact = np.linalg.norm(matrix, axis=1)
+    unit = matrix / np.where(exact > 0, exact, 1.0)[:, None]
+    np.testing.assert_allclose(norm, scale * exact, rtol=1e-6)
+    np.testing.assert_allclose(cosine, unit @ unit.T, atol=4 * EPS)
+    assert jnp.diagonal(cosine).tolist() == [1.0, 1.0, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_row_normalized_does_not_hide_what_is_not_finite(bad):
+    for entry in ((0, 1), (1, 1)):
+        norm, cosine = solvers.row_normalized(jnp.eye(2).at[entry].set(bad))
+        assert jnp.isnan(norm).all()
+        assert jnp.isnan(cosine).all()
+
+
+@pytest.mark.parametrize("dtype", padded.DTYPES)
+def test_cone_projection_is_that_of_the_rows(dtype):
+    rng, solve = np.random.default_rng(0), jax.jit(solvers.cone_projection)
+    kind = padded.DTYPES[dtype][0]
+    errors = {}
+    for case, (matrix, _, _) in CASES.items():
+        size = 10 if len(matrix) <= 10 else 64
+        rows, u = np.zeros((size, matrix.shape[1])), np.zeros(size)
+        rows[: len(matrix)], u[: len(matrix)] = matrix, rng.integers(-4, 8, len(matrix)) / 4
+        with padded.precision(dtype):
+            v = solve(jnp.asarray(rows.astype(kind) @ rows.T.astype(kind)), jnp.asarray(u, kind))
+        v = np.asarray(v, np.float64)
+        assert (v >= u).all()
+        target = rows.T @ u
+        if np.linalg.norm(target) <= 1e-13 * (np.abs(u) @ np.linalg.norm(rows, axis=1)):
+            target = 0 * target
+        y, multipliers = reference.project_on_cone(rows, target)
+        scale = (np.abs(u) + multipliers) @ np.linalg.norm(rows, axis=1)
+        errors[case] = padded.error(rows, v, reference.Reference(y, scale), dtype)
+    assert max(errors.values()) < 1, errors
+
+
+def test_cone_projection_by_hand():
+    # (2, 0) hurts (-1, 1): <., .> = -2, and + 2/2 (-1, 1) makes it (1, 1). (0.5, 1.5) hurts neither.
+    gramian = gram32(np.array([[2.0, 0.0], [-1.0, 1.0]]))
+    np.testing.assert_allclose(solvers.cone_projection(gramian, jnp.array([1.0, 0.0])), [1.0, 1.0], atol=1e-6)
+    assert solvers.cone_projection(gramian, jnp.array([1.0, 1.5])).tolist() == [1.0, 1.5]
+    assert solvers.cone_projection(gramian, jnp.zeros(2)).tolist() == [0.0, 0.0]
+
+
+# The simplex.
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.sampled_from(SIZES),
+    spread=st.sampled_from([1e-6, 0.1, 1.0, 10.0, 1e6, 1e30]),
+    dtype=st.sampled_from(list(padded.DTYPES)),
+)
+def test_simplex_projection_is_the_nearest_point(seed, size, spread, dtype):
+    """<v - w, e_k - w> <= 0 for every corner e_k of the simplex."""
+    kind = padded.DTYPES[dtype][0]
+    v = (spread * np.random.default_rng(seed).normal(size=size)).astype(kind)
+    with padded.precision(dtype):
+        w = np.asarray(project(jnp.asarray(v)), np.float64)
+    v = v.astype(np.float64)
+    assert (w >= 0).all()
+    assert w.sum() == pytest.approx(1.0, abs=8 * float(np.finfo(kind).eps))
+    difference = v - w
+    assert (difference - difference @ w).max() <= 8 * np.finfo(kind).eps * (1 + np.abs(v).max())
+
+
+def test_simplex_projection_by_hand():
+    # theta = (0.9 + 0.5 - 1) / 2 = 0.2 leaves 0.7 and 0.3, and -1 is below it.
+    np.testing.assert_allclose(project(jnp.array([0.9, -1.0, 0.5])), [0.7, 0.0, 0.3], atol=1e-6)
+    assert project(jnp.array([0.25, 0.5, 0.25])).tolist() == [0.25, 0.5, 0.25]
+    assert project(jnp.array([5.0, 1.0, 4.5])).tolist() == [0.75, 0.0, 0.25]
+    np.testing.assert_allclose(project(jnp.full(3, 7.0)), np.full(3, 1 / 3), rtol=1e-6)
+    assert project(jnp.array([1e30, 0.0, -1e30])).tolist() == [1.0, 0.0, 0.0]
+
+
+def test_simplex_projection_of_what_is_present():
+    v, present = jnp.array([9.0, 0.9, np.nan, -1.0, 0.5]), jnp.array([False, True, False, True, True])
+    np.testing.assert_allclose(project(v, present), [0.0, 0.7, 0.0, 0.0, 0.3], atol=1e-6)
+    assert project(v, jnp.zeros(5, bool)).tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_simplex_projection_of_what_is_not_finite_is_nan(bad):
+    assert jnp.isnan(project(jnp.array([0.0, bad, 1.0]))).all()
