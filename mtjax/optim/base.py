@@ -267,9 +267,10 @@ def composite(
 def _update(method: Method, jacobian: PyTree, state: MethodState, params: PyTree, losses: jax.Array, independent: Any):
     """Jacobian -> (gradient, state): admission by the policy, rule on the shared leaves, plain sum on the others."""
     num_tasks = losses.shape[0]
-    present = admitted(method, losses, jacobian)
+    present = admitted(method, losses, jacobian if independent is None else (jacobian, *independent))
     if method.nonfinite == "drop_task":
         jacobian, losses = drop_rows(jacobian, present), jnp.where(present, losses, 0.0)
+        independent = None if independent is None else tuple(drop_rows(rows, present) for rows in independent)
     shared = shared_leaves(method.is_shared, params, jacobian)
     if method.weighting is not None:
         pair = (jacobian, shared) if independent is None else (independent[0], shared, independent[1])

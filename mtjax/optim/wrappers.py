@@ -341,7 +341,8 @@ def nonfinite(
       A method, or a transformation for a chain. With 'drop_task' and 'skip_step' all K gradients are computed, also
       for methods that look at losses only; with 'drop_task' they are kept in memory, each from a backward pass of its
       own (`value_and_jacobian(..., separate=True)`, which plain users of `update` should pass too), and losses must be
-      a dict. Methods on several batches share backward passes: there NaN may reach all rows, and no task is left.
+      a dict. RotoGrad and M-ConFIG share one backward pass among tasks: there NaN may reach all rows, and no task is
+      left.
 
     Raises:
       ValueError: for another policy, a chain with another policy than 'skip_step', or a weighting without `present`.
