@@ -16,6 +16,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Every compiled program holds memory maps, of which a process may have 65,530; a file's are dropped at its end."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
