@@ -86,7 +86,7 @@ class Sizes:
     compiled: Sequence[int] = (2, 40)
     turns: int = 7
     seconds: float = 2.5  # of one function in one cell
-    names: Sequence[str] = tuple(METHODS)
+    names: Sequence[str] = tuple(name for name, entry in METHODS.items() if not entry.features)
     vit: routes.Vit = routes.Vit()
     memory_width: int = 1024
     memory_layers: int = 8
