@@ -278,7 +278,7 @@ def test_unknown_extra_arguments_are_ignored(name):
         params = jnp.zeros(6)
         return method.update(rows, optim.init(method, params, num_tasks=K), params, losses=losses, value=extra, batch=0)
 
-    jax.eval_shape(update, jnp.ones((K, 6)), jnp.ones(K), 1.0)
+    assert jax.eval_shape(update, jnp.ones((K, 6)), jnp.ones(K), 1.0)[0].shape == (6,)
 
 
 # The two routes.
