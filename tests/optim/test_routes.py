@@ -237,13 +237,11 @@ def test_policies_leave_finite_steps_alone():
 
 
 def test_dropped_at_the_representation_too():
-    others, _ = without(PARAMS)
 
     def poisoned_heads(params, z, x):
         return heads(params, z, x) | {"task 1": jnp.sum(jnp.log(z * 0.0))}
 
     staged_others = mtjax.Staged(encode, lambda p, z, x: {n: v for n, v in heads(p, z, x).items() if n != "task 1"})
-    del others
     plain = optim.at_representation(optim.mgda())
     _, expected, _ = mtjax.value_and_update(staged_others, plain)(PARAMS, plain.init(PARAMS), X)
     method = optim.at_representation(optim.nonfinite(optim.mgda(), "drop_task"))
