@@ -148,3 +148,44 @@ def poisson(log_rate: jax.Array, label: jax.Array, *, full: bool = False) -> jax
     rate = jnp.exp(jnp.minimum(z, _MAX_LOG_RATE)) * (1 + jnp.maximum(z - _MAX_LOG_RATE, 0))
     loss = rate - y * z
     return loss + jax.lax.lgamma(y + 1) if full else loss
+
+
+def relative_l2(output: jax.Array, label: jax.Array) -> jax.Array:
+    """`|z - y|_2 / |y|_2` of each field over the points where it has a value.
+
+    Args:
+      output: f[B, N].
+      label: f[B, N], NaN = no value there (outside of the domain, padding).
+
+    Returns:
+      f32[B]; the plain norm of the error for a field that is zero everywhere. The gradient at z = y is 0.
+
+    >>> print(relative_l2(jnp.array([[3.0, 0.0, 9.0]]), jnp.array([[3.0, 4.0, jnp.nan]])))
+    [0.8]
+    """
+    error, label = _at_points(output, label)
+    squared, size = jnp.sum(error**2, axis=-1), jnp.sum(label**2, axis=-1)
+    norm = jnp.sqrt(jnp.where(squared > 0, squared, 1.0)) * (squared > 0)
+    return norm / jnp.sqrt(jnp.where(size > 0, size, 1.0))
+
+
+def field_mse(output: jax.Array, label: jax.Array) -> jax.Array:
+    """Mean squared error of each field over the points where it has a value.
+
+    Args:
+      output: f[B, N].
+      label: f[B, N], NaN = no value there.
+
+    Returns:
+      f32[B]; 0 for a field without values.
+    """
+    error, _ = _at_points(output, label)
+    count = jnp.sum(~jnp.isnan(label), axis=-1)
+    return jnp.sum(error**2, axis=-1) / jnp.maximum(count, 1)
+
+
+def _at_points(output: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Error and label, 0 where there is no label; the output there gets no gradient, whatever it is."""
+    present = ~jnp.isnan(label)
+    label = _at_least_float32(jnp.where(present, label, 0.0))
+    return _at_least_float32(jnp.where(present, output, 0.0)) - label, label

@@ -33,12 +33,14 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mtjax import _streaming as streaming
+from mtjax import losses
 from mtjax._streaming import State
 
 
@@ -374,3 +376,29 @@ def r2() -> Metric:
         return xp.where((state.weight > 0) & (state.count > 1), value, xp.nan)
 
     return Metric("r2", True, statistic, streaming.merge_moments, compute)
+
+
+@functools.cache
+def relative_l2(above: Literal["zero", "minimum"] = "zero") -> Metric:
+    """Mean over functions of `|u - v|_2 / |v|_2`, each over the points where v has a value (NaN: none).
+
+    Predictions and labels are fields f[B, N]. A field with a large offset flatters this number: `above="minimum"`
+    compares u and v after the minimum of v has been subtracted from both, |u - v| / |v - min v|.
+    """
+    if above not in ("zero", "minimum"):
+        raise ValueError(f"above must be 'zero' or 'minimum', got {above!r}")
+    name = "relative_l2" if above == "zero" else "relative_l2_above_minimum"
+
+    def statistic(prediction: jax.Array, label: jax.Array, weight: jax.Array | None = None) -> streaming.Mean:
+        weight = jnp.ones(label.shape[:-1]) if weight is None else weight
+        if above == "minimum":
+            base = jnp.nanmin(jnp.where(jnp.isnan(label).all(-1, keepdims=True), 0.0, label), axis=-1, keepdims=True)
+            prediction, label = prediction - base, label - base
+        total = jnp.where(weight == 0, 0.0, weight * losses.relative_l2(prediction, label)).sum(-1)
+        return streaming.Mean(total, weight.sum(-1))
+
+    def compute(state: streaming.Mean) -> jax.Array:
+        xp = streaming.namespace(state)
+        return state.total / xp.where(state.weight == 0, xp.nan, state.weight)
+
+    return Metric(name, False, statistic, streaming.add, compute)

@@ -6,6 +6,12 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, so that a red run says something about the change; `explore` draws new ones.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

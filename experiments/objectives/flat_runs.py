@@ -24,6 +24,7 @@ from mtjax import metrics, optim
 from mtjax.data import digits
 from mtjax.models import mlp_baselines
 from mtjax.train import evaluate, loop, select
+from mtjax.train.step import supervised_loss
 
 PyTree = Any
 Variant = Literal["", ", more epochs", " + SAM", " + flat regions"]
@@ -236,7 +237,7 @@ def make_sharpness(model: nn.Module, tasks: tuple[mtjax.Task, ...], radius: floa
 
     0 for a task whose gradient is zero.
     """
-    loss_fn = loop.supervised_loss(model, tasks)
+    loss_fn = supervised_loss(model, tasks)
 
     def sharpness(params, batch):
         def losses(p):

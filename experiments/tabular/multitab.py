@@ -35,6 +35,7 @@ from mtjax.data import frames
 from mtjax.models import mlp_baselines
 from mtjax.train import checkpoint, command, compare, evaluate, loop, report, select, tables
 from mtjax.train.config import from_json, override
+from mtjax.train.problem import inference_context
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BASELINE = "single-task MLP"
@@ -167,7 +168,7 @@ def run_model(
     choice = select.choose_learning_rate(data.tasks, fitted, fitted.evaluate(data.validation))
     test = choice.results(fitted.evaluate(data.test))
     checkpoint.save_params(directory / "best.npz", choice.params(fitted))
-    context = loop.inference_context(model, data.train, train.context_rows)
+    context = inference_context(model, data.train, train.context_rows)
     if context is not None:
         np.savez(directory / "context.npz", **context)
     return compare.Outcome(test, choice, fitted, model)

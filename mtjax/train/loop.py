@@ -25,16 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mtjax.data.batches import ShuffledRows
+from mtjax.data.batches import LaneBatches
 from mtjax.optim import linear
 from mtjax.optim.base import Method
 from mtjax.tasks import Task
 from mtjax.train.checkpoint import Checkpoints
-from mtjax.train.evaluate import Results, main_scores, make_evaluate, selection_scores, undefined_scores
+from mtjax.train.evaluate import Results, main_scores, selection_scores, undefined_scores
 from mtjax.train.monitor import MetricsWriter, Progress, stop_on_signals
+from mtjax.train.problem import Problem, num_rows, table_problem
 from mtjax.train.runlog import RunLog, check_same_run
 from mtjax.train.state import OptimizerFactory, TrainState, create_lanes, update_best_lanes
-from mtjax.train.step import make_conflict_probe, make_train_chunk, make_train_step, supervised_loss
+from mtjax.train.step import make_conflict_probe, make_train_chunk, make_train_step
 
 PyTree = Any
 
@@ -46,7 +47,7 @@ class TrainConfig:
     Attributes:
       batch_size: rows per step.
       max_epochs: passes over the training rows at most.
-      evals_per_epoch: evaluations on the validation rows per epoch.
+      evals_per_epoch: evaluations on the validation rows per epoch; below 1 (0.1: every tenth epoch) for small data.
       patience: evaluations without improvement before a run stops.
       weight_decay: of AdamW.
       clip_norm: norm of the update direction to clip to, over all parameters of a lane (single-task models that share a
@@ -61,7 +62,7 @@ class TrainConfig:
 
     batch_size: int = 512
     max_epochs: int = 20
-    evals_per_epoch: int = 1
+    evals_per_epoch: float = 1
     patience: int = 5
     weight_decay: float = 1e-5
     clip_norm: float | None = None
@@ -73,16 +74,27 @@ class TrainConfig:
     conflict_rows: int = 0
 
     def __post_init__(self):
-        counts = ("batch_size", "max_epochs", "evals_per_epoch", "patience", "steps_per_dispatch")
+        counts = ("batch_size", "max_epochs", "patience", "steps_per_dispatch")
         for name in (*counts, "eval_batch_size", "context_rows", "checkpoint_every", "chunk_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+        if not self.evals_per_epoch > 0:
+            raise ValueError(f"evals_per_epoch must be > 0, got {self.evals_per_epoch}")
         for name in ("weight_decay", "conflict_rows"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be > 0, or None for no clipping, got {self.clip_norm}")
+
+    def next_evaluation(self, step: int, steps_per_epoch: int) -> int:
+        """The step of the next evaluation after `step`: several within an epoch, or one after several epochs."""
+        if self.evals_per_epoch < 1:
+            period = round(1 / self.evals_per_epoch) * steps_per_epoch
+            return min((step // period + 1) * period, steps_per_epoch * self.max_epochs)
+        epoch, offset = divmod(step, steps_per_epoch)
+        every = math.ceil(steps_per_epoch / self.evals_per_epoch)
+        return epoch * steps_per_epoch + min((offset // every + 1) * every, steps_per_epoch)
 
     def optimizer(self, learning_rate: jax.Array) -> optax.GradientTransformation:
         """AdamW with a constant rate, as in MultiTab's configurations."""
@@ -148,15 +160,6 @@ def _best_params(state: TrainState, per_task: bool) -> PyTree:
     return state.best.params if per_task else jax.tree.map(lambda leaf: jnp.squeeze(leaf, 1), state.best.params)
 
 
-def inference_context(model: Any, train: Mapping[str, Any], num_rows: int) -> dict[str, np.ndarray] | None:
-    """Evenly spread training rows for a model whose predictions attend to other rows; None for all others."""
-    if not getattr(model, "needs_context", False):
-        return None
-    total = len(train["numeric"])
-    rows = np.linspace(0, total - 1, min(num_rows, total)).astype(int)
-    return {key: np.asarray(train[key])[rows] for key in ("categorical", "numeric")}
-
-
 def fit(
     model: Any,
     tasks: Sequence[Task],
@@ -164,12 +167,48 @@ def fit(
     validation: Mapping[str, Any],
     *,
     config: TrainConfig = TrainConfig(),
+    regularizer: Callable | None = None,
+    **options: Any,
+) -> Fit:
+    """Trains a model on rows of a table in memory.
+
+    Args:
+      model: a Linen model (contract 7).
+      tasks: fitted tasks.
+      train, validation: splits: 'categorical', 'numeric', 'labels' and optionally 'mask', 'weight'.
+      config: how to train.
+      regularizer: see `supervised_loss`.
+      **options: everything else that `fit_problem` takes.
+
+    Returns:
+      A `Fit`.
+
+    Raises:
+      As `fit_problem`.
+    """
+    problem = table_problem(
+        model,
+        tasks,
+        train,
+        validation,
+        regularizer=regularizer,
+        eval_batch_size=config.eval_batch_size,
+        context_rows=config.context_rows,
+    )
+    return fit_problem(problem, config=config, **options)
+
+
+def fit_problem(
+    problem: Problem,
+    *,
+    config: TrainConfig = TrainConfig(),
     method: Method | None = None,
     optimizer: OptimizerFactory | None = None,
     seeds: Sequence[int] = (0,),
     learning_rates: Sequence[float] | float = 1e-3,
-    regularizer: Callable | None = None,
     per_task: bool = False,
+    start: PyTree | None = None,
+    lane_rows: np.ndarray | None = None,
     directory: pathlib.Path | str | None = None,
     resume: bool = False,
     record: Mapping[str, Any] | None = None,
@@ -177,20 +216,20 @@ def fit(
     progress: bool = True,
     title: str = "training",
 ) -> Fit:
-    """Trains a model on rows in memory.
+    """Trains what a `Problem` describes.
 
     Args:
-      model: a Linen model (contract 7).
-      tasks: fitted tasks.
-      train, validation: splits: 'categorical', 'numeric', 'labels' and optionally 'mask', 'weight'.
+      problem: data, losses, initialisation and evaluation.
       config: how to train.
       method: multi-objective method; by default the sum of the losses.
       optimizer: `learning_rate -> optax transformation`; by default `config.optimizer`.
       seeds: one lane each.
       learning_rates: one for all lanes, or one for each.
-      regularizer: see `supervised_loss`.
       per_task: keep the best parameters of each task on its own: for single-task models, which are separate runs that
         merely share a program.
+      start: parameters to start from instead of `problem.init_params`, leaves [L, ...]: fine-tuning.
+      lane_rows: i[L, n], the rows that each lane trains on (lanes are then separate runs on data of their own); None:
+        all rows.
       directory: run directory for checkpoints and `metrics.jsonl`; None keeps nothing.
       resume: go on from the newest good checkpoint in `directory`; without any, start from the beginning.
       record: JSON-able description of the run, checked on resume.
@@ -218,32 +257,28 @@ def fit(
     if resume and directory is None:
         raise ValueError("resume=True needs the run's directory")
 
-    order = ShuffledRows(len(train["numeric"]), config.batch_size)
-    steps_per_epoch = order.steps_per_epoch
+    tasks, data = problem.tasks, jax.tree.map(jnp.asarray, dict(problem.train))
+    batches = LaneBatches(num_rows(data), config.batch_size, tuple(seeds), lane_rows)
+    steps_per_epoch = batches.steps_per_epoch
     total_steps = steps_per_epoch * config.max_epochs
-    eval_every = math.ceil(steps_per_epoch / config.evals_per_epoch)
+    eval_every = config.next_evaluation(0, steps_per_epoch)
     chunk_steps = min(config.steps_per_dispatch, eval_every)
-    rows_per_step = order.batch_size * len(seeds)
+    rows_per_step = batches.batch_size * len(seeds)
 
-    data = jax.tree.map(jnp.asarray, dict(train))
-    loss_fn = supervised_loss(model, tasks, regularizer)
-    run_chunk = make_train_chunk(make_train_step(loss_fn, method, optimizer, chunk_size=config.chunk_size))
-    evaluate = make_evaluate(model, tasks, batch_size=config.eval_batch_size)
-    context = inference_context(model, train, config.context_rows)
-    probe = make_conflict_probe(loss_fn, chunk_size=config.chunk_size) if config.conflict_rows else None
-
-    def init_params(key):
-        example = jax.tree.map(lambda column: column[: min(8, order.batch_size)], data)
-        return model.init({"params": key, "dropout": key}, example, train=True)["params"]
+    run_chunk = make_train_chunk(make_train_step(problem.loss_fn, method, optimizer, chunk_size=config.chunk_size))
+    evaluate = problem.evaluator(False)
+    probe = make_conflict_probe(problem.loss_fn, chunk_size=config.chunk_size) if config.conflict_rows else None
 
     groups = len(tasks) if per_task else 1
-    state = create_lanes(init_params, method, optimizer, seeds, rates, num_tasks=len(tasks), num_groups=groups)
+    state = create_lanes(
+        problem.init_params, method, optimizer, seeds, rates, num_tasks=len(tasks), num_groups=groups, start=start
+    )
     log = RunLog.empty(len(seeds), len(tasks))
     described = {
         "seeds": seeds,
         "learning_rates": rates,
         "tasks": [task.to_json() for task in tasks],
-        "rows": [len(train["numeric"]), len(validation["numeric"])],
+        "rows": [num_rows(data), num_rows(problem.validation)],
         "train": dataclasses.asdict(config),
         **dict(record or {}),
     }
@@ -261,7 +296,7 @@ def fit(
 
     def validate():
         """Evaluates, keeps the best parameters, and records; returns the new state and a line for the bar."""
-        results = evaluate(state.params, validation, context)
+        results = evaluate(state.params, problem.validation)
         # Labels do not change: what is undefined at the first evaluation always is.
         undefined = undefined_scores(tasks, log.history[0]["metrics"] if log.history else results)
         if not log.history:
@@ -278,7 +313,6 @@ def fit(
 
     step = int(state.step[0])
     saved_step = step or None
-    indices_epoch, indices = None, None
     with contextlib.ExitStack() as stack:
         if checkpoints is not None:
             stack.callback(checkpoints.close)  # waits for saves under way, whatever happens
@@ -287,13 +321,10 @@ def fit(
         stop = stack.enter_context(stop_on_signals())
         bar = stack.enter_context(Progress(title, total_steps, step, enabled=progress))
         while step < total_steps and _open(state, config.patience).any() and not stop:
-            epoch, offset = divmod(step, steps_per_epoch)
-            if epoch != indices_epoch:
-                indices_epoch, indices = epoch, order.epoch_indices(seeds, epoch)
-            until = min((offset // eval_every + 1) * eval_every, steps_per_epoch)
-            count = min(chunk_steps, until - offset)
+            until = config.next_evaluation(step, steps_per_epoch)
+            count = min(chunk_steps, until - step)
             # Padded to one length, so that there is one program; the padding steps are skipped inside.
-            chunk = np.pad(indices[:, offset : offset + count], ((0, 0), (0, chunk_steps - count), (0, 0)))
+            chunk = np.pad(batches.take(step, count), ((0, 0), (0, chunk_steps - count), (0, 0)))
             began = time.perf_counter()
             active = jnp.asarray(np.arange(chunk_steps) < count)
             state, step_metrics, finite = run_chunk(state, data, jnp.asarray(chunk), active)
@@ -305,7 +336,7 @@ def fit(
             _check_finite(checked, np.asarray(finite), open_, tasks, step, lanes, saved_step)
             step += count
             note = None
-            if offset + count == until:
+            if step == until:
                 state, note = validate()
             bar.update(step, log.rows_per_s, note)
             due = step - (saved_step or 0) >= (config.checkpoint_every or eval_every)
@@ -316,14 +347,14 @@ def fit(
             save()
 
     # Chosen per task, there is one set of parameters per task: another program.
-    of_best = make_evaluate(model, tasks, batch_size=config.eval_batch_size, per_task=True) if per_task else evaluate
+    of_best = problem.evaluator(True) if per_task else evaluate
     return Fit(
         state=state,
         seeds=seeds,
         learning_rates=rates,
         history=log.history,
         per_task=per_task,
-        evaluate=lambda split: of_best(_best_params(state, per_task), split, context),
+        evaluate=lambda split: of_best(_best_params(state, per_task), split),
         rows_per_s=log.rows_per_s,
         compile_s=log.compile_s,
         num_parameters=sum(leaf.size // len(seeds) for leaf in jax.tree.leaves(state.params)),

@@ -14,7 +14,7 @@ import mtjax
 from mtjax.data.batches import ShuffledRows
 from mtjax.train import NonFiniteLossError, TrainConfig, fit, predict, supervised_loss
 from mtjax.train.checkpoint import Checkpoints
-from mtjax.train.loop import inference_context
+from mtjax.train.problem import inference_context
 from mtjax.train.select import choose_learning_rate
 
 CONFIG = TrainConfig(batch_size=16, max_epochs=6, evals_per_epoch=2, patience=2, steps_per_dispatch=4)
