@@ -342,6 +342,7 @@ def compile_times(sizes: type[Sizes]) -> list[dict]:
             {"method": name, "tasks": list(sizes.compiled), "seconds": [round(few, 2), round(many, 2)]}
             | {"ratio": round(many / few, 2)}
         )
+        say(f"compile {name}: {few:.1f} and {many:.1f} s")
     worst = max(rows, key=lambda row: row["ratio"])
     say(f"compile: ratio at most {worst['ratio']} ({worst['method']}), median {np.median([r['ratio'] for r in rows])}")
     return rows
