@@ -43,7 +43,6 @@ import json
 import os
 import pathlib
 import re
-import shlex
 import sys
 import time
 import warnings
@@ -191,18 +190,6 @@ def draw(folder: pathlib.Path, ranked: ranks.Ranks, delta: Mapping[str, Mapping[
 # The command.
 
 
-def settle(args: Arguments) -> tuple[Arguments, pathlib.Path]:
-    """The arguments, those of the run that is resumed, and the run directory."""
-    base = pathlib.Path("runs") / SYSTEM
-    if args.resume:
-        run = args.run or command.newest_run(base)
-        return command.resumed_arguments(args, run, apart=("run", "resume")), run
-    run = args.run or base / time.strftime("%Y%m%d-%H%M%S")
-    if (run / "run.json").exists():
-        raise ValueError(f"--run {run} already holds a run; go on with it by --resume, or choose another directory")
-    return args, run
-
-
 def configure(args: Arguments) -> Config:
     """The configuration that the arguments name."""
     config = override(PRESETS[args.preset], args.set)
@@ -224,7 +211,7 @@ def compare(args: Arguments) -> int:
     if args.methods == ("list",):
         print("\n".join(f"{name:<16}{entry.family}" for name, entry in TABLE.items()))
         return 0
-    args, run = settle(args)
+    args, run = command.settle_run(args, pathlib.Path("runs") / SYSTEM)
     config = configure(args)
     budget = dataclasses.replace(config, methods=())  # methods may be added to a run
     saved = command.read_run(run).get("budget") if args.resume else None
@@ -246,9 +233,7 @@ def compare(args: Arguments) -> int:
         print(of.summary() if name == "flights" else f"{name}: {', '.join(task.name for task in of.tasks)}", flush=True)
         outcomes = run_data(name, of, config, run, clock)
         if outcomes is None:
-            again = shlex.join(["python", sys.argv[0], "--resume", "--run", str(run)])
-            print(f"Interrupted; finished methods are saved. Go on with: {again}")
-            return command.INTERRUPTED
+            return command.interrupted(run)
         found[name] = (of.tasks, outcomes)
 
     ranked, delta = rank_methods(found), {name: gains(*of) for name, of in found.items()}
@@ -276,15 +261,9 @@ def compare(args: Arguments) -> int:
     for note in notes:
         print(f"note: {note}: the baseline is near zero, relative changes are large")
     pictures = draw(run / "figures", ranked, delta)
-    paths = [result.write(run / "report.json")]
-    if args.preset == "paper" and (args.methods, args.data, args.seeds, args.set) == ((), (), None, ()):
-        paths.append(result.write(ROOT / "results" / f"{SYSTEM}.json"))
-        for picture in list(pictures):
-            pictures.append(ROOT / "results" / "figures" / f"{SYSTEM}_{picture.name}")
-            pictures[-1].parent.mkdir(parents=True, exist_ok=True)
-            pictures[-1].write_bytes(picture.read_bytes())
-    print(f"Took {time.perf_counter() - began:.0f} s. Report: {', '.join(map(str, paths))}")
-    print(f"Figures: {', '.join(map(str, pictures))}")
+    kept = args.preset == "paper" and (args.methods, args.data, args.seeds, args.set) == ((), (), None, ())
+    command.publish(result, run, pictures, ROOT / "results" if kept else None)
+    print(f"Took {time.perf_counter() - began:.0f} s.")
     return 0
 
 

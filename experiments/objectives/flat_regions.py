@@ -28,7 +28,6 @@ import json
 import os
 import pathlib
 import re
-import shlex
 import sys
 import time
 import warnings
@@ -281,25 +280,13 @@ def draw(found: Mapping[str, Values], names: Sequence[str]) -> Any:
 # The command.
 
 
-def settle(args: Arguments) -> tuple[Arguments, pathlib.Path]:
-    """The arguments, those of the run that is resumed, and the run directory."""
-    base = pathlib.Path("runs") / SYSTEM
-    if args.resume:
-        run = args.run or command.newest_run(base)
-        return command.resumed_arguments(args, run, apart=("run", "resume")), run
-    run = args.run or base / time.strftime("%Y%m%d-%H%M%S")
-    if (run / "run.json").exists():
-        raise ValueError(f"--run {run} already holds a run; go on with it by --resume, or choose another directory")
-    return args, run
-
-
 def experiment(args: Arguments) -> int:
     """Runs the experiment; returns the exit status."""
     began = time.perf_counter()
     if args.methods == ("list",):
         print("\n".join(name for name, entry in methods.METHODS.items() if entry.family in ("losses", "Gramian")))
         return 0
-    args, run = settle(args)
+    args, run = command.settle_run(args, pathlib.Path("runs") / SYSTEM)
     config = override(PRESETS[args.preset], args.set)
     names = methods.chosen(args.methods or config.methods)
     seeds = config.seeds if args.seeds is None else args.seeds
@@ -321,9 +308,7 @@ def experiment(args: Arguments) -> int:
         labels = f"{noise:.0%} wrong labels" if noise else "true labels"
         outcomes = run_all(data, config, run / f"noise_{noise:g}", labels)
         if outcomes is None:
-            again = shlex.join(["python", sys.argv[0], "--resume", "--run", str(run)])
-            print(f"Interrupted; finished trainings are saved. Go on with: {again}")
-            return command.INTERRUPTED
+            return command.interrupted(run)
         chosen = {model: choose_radius(candidates) for model, candidates in outcomes.items()}
         for model, candidates in outcomes.items():
             every.setdefault(model, []).extend(candidates)
@@ -353,15 +338,10 @@ def experiment(args: Arguments) -> int:
         for table in tables.task_tables(result.rows, metrics=dict.fromkeys(found, measure_), width=console.width):
             console.print(table)
     tables.print_report(dataclasses.replace(result, rows=[]), console=console)
-    picture = plots_objectives.save_small(draw(found, names), run / "figures" / "flat_regions.png")
-    paths, pictures = [result.write(run / "report.json")], [picture]
-    if args.preset == "paper" and (args.methods, args.seeds, args.set) == ((), None, ()):
-        paths.append(result.write(ROOT / "results" / f"{SYSTEM}.json"))
-        pictures.append(ROOT / "results" / "figures" / f"{SYSTEM}.png")
-        pictures[-1].parent.mkdir(parents=True, exist_ok=True)
-        pictures[-1].write_bytes(picture.read_bytes())
-    print(f"Took {time.perf_counter() - began:.0f} s. Report: {', '.join(map(str, paths))}")
-    print(f"Figures: {', '.join(map(str, pictures))}")
+    picture = plots_objectives.save_small(draw(found, names), run / "figures" / f"{SYSTEM}.png")
+    kept = args.preset == "paper" and (args.methods, args.seeds, args.set) == ((), None, ())
+    command.publish(result, run, [picture], ROOT / "results" if kept else None)
+    print(f"Took {time.perf_counter() - began:.0f} s.")
     return 0
 
 

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -437,17 +436,13 @@ def run(args: Arguments) -> int:
         },
     )
     tables.print_report(result)
-    figures = [
-        plots.save_small(draw(found, config, scale), directory / "figures" / f"scale_{scale:g}.png")
-        for scale in config.scales
-    ]
-    paths = [result.write(directory / "report.json")]
-    if args.preset == "demo" and (args.methods, args.seeds, args.set) == ((), None, ()):
-        paths.append(result.write(ROOT / "results" / f"{SYSTEM}.json"))
-        figures.append(ROOT / "results" / "figures" / f"{SYSTEM}.png")
-        figures[-1].parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(figures[-2], figures[-1])
-    print(f"Report: {', '.join(map(str, paths))}\nFigures: {', '.join(map(str, figures))}")
+    drawn = {scale: draw(found, config, scale) for scale in config.scales}
+    # The last scale is the picture of the papers.
+    names = {scale: SYSTEM if scale == config.scales[-1] else f"scale_{scale:g}" for scale in config.scales}
+    pictures = [plots.save_small(drawn[scale], directory / "figures" / f"{names[scale]}.png") for scale in drawn]
+    kept = args.preset == "demo" and (args.methods, args.seeds, args.set) == ((), None, ())
+    # Only that one is kept.
+    command.publish(result, directory, pictures[-1:], ROOT / "results" if kept else None)
     return 0
 
 

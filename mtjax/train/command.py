@@ -8,7 +8,9 @@ import dataclasses
 import json
 import os
 import pathlib
+import shlex
 import sys
+import time
 import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 import jax
 
 from mtjax.train.loop import NonFiniteLossError
+from mtjax.train.report import Report
 
 Args = TypeVar("Args")
 INTERRUPTED = 130
@@ -82,6 +85,62 @@ def refuse_run(run: pathlib.Path) -> None:
     """Raises a ValueError if the directory holds the checkpoints of a run, which a new one would mix with."""
     if next(run.glob("**/checkpoints/[0-9]*"), None) is not None:
         raise ValueError(f"--run {run} already holds a run; go on with it by --resume, or choose another directory")
+
+
+def settle_run(
+    args: Args, base: pathlib.Path, *, apart: Sequence[str] = ("run", "resume")
+) -> tuple[Args, pathlib.Path]:
+    """The arguments, those of the run that is resumed, and its directory: that of --run, or the newest or a new one.
+
+    Args:
+      args: a dataclass of arguments with the fields `run` and `resume`.
+      base: where runs without a name lie.
+      apart: see `resumed_arguments`.
+
+    Raises:
+      ValueError: if there is nothing to resume, an option differs from the run's, or a new run would mix with another.
+    """
+    if args.resume:
+        run = args.run or newest_run(base)
+        return resumed_arguments(args, run, apart=apart), run
+    run = args.run or base / time.strftime("%Y%m%d-%H%M%S")
+    if (run / "run.json").exists():
+        raise ValueError(f"--run {run} already holds a run; go on with it by --resume, or choose another directory")
+    return args, run
+
+
+def interrupted(run: pathlib.Path) -> int:
+    """Says how to go on with a run that a signal ended, and returns the exit status."""
+    again = shlex.join(["python", sys.argv[0], "--resume", "--run", str(run)])
+    print(f"Interrupted; what is finished is saved. Go on with: {again}")
+    return INTERRUPTED
+
+
+def publish(
+    result: Report, run: pathlib.Path, pictures: Sequence[pathlib.Path], results: pathlib.Path | None
+) -> list[pathlib.Path]:
+    """Writes the report of a run, and with `results` also among the results that are kept; says where.
+
+    Args:
+      result: the report.
+      run: run directory.
+      pictures: figures of the run; among the results they are called `figures/<system>_<name>`, or `<system>.png` if a
+        picture bears the name of the system.
+      results: folder of the results that are kept, None for runs that are not what the script's card promises.
+
+    Returns:
+      The paths of reports and pictures.
+    """
+    reports, pictures = [result.write(run / "report.json")], list(pictures)
+    if results is not None:
+        reports.append(result.write(results / f"{result.system}.json"))
+        for picture in list(pictures):
+            name = picture.name if picture.stem == result.system else f"{result.system}_{picture.name}"
+            pictures.append(results / "figures" / name)
+            pictures[-1].parent.mkdir(parents=True, exist_ok=True)
+            pictures[-1].write_bytes(picture.read_bytes())
+    print(f"Report: {', '.join(map(str, reports))}\nFigures: {', '.join(map(str, pictures))}")
+    return [*reports, *pictures]
 
 
 def resumed_arguments(args: Args, run: pathlib.Path, *, apart: Sequence[str]) -> Args:

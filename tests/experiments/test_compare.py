@@ -2,7 +2,7 @@
 
 import dataclasses
 import doctest
-import importlib.util
+import functools
 import json
 import math
 import os
@@ -27,16 +27,8 @@ KEYS = ["system", "claim", "preset", "command", "seeds", "commit", "dirty", "dev
 
 
 @pytest.fixture(scope="module")
-def script():
-    """The script as a module; the files beside it are importable, as when it is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MPLBACKEND", "Agg")
-        patch.syspath_prepend(SCRIPT.parent)
-        spec = importlib.util.spec_from_file_location("objectives_compare_script", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "objectives_compare_script", module)
-        spec.loader.exec_module(module)
-        yield module
+def script(load_script):
+    return load_script("objectives/compare.py")
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +42,8 @@ def claims(script):
 
 
 @pytest.fixture
-def call(script, capsys):
-    """Runs the command line; returns exit status, stdout and stderr."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = script.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
+def call(script, call_script):
+    return functools.partial(call_script, script)
 
 
 # Who competes.
@@ -260,13 +242,8 @@ def test_progress_counts_what_was_measured_now(script):
 
 
 @pytest.fixture(scope="module")
-def smoke(script, tmp_path_factory) -> pathlib.Path:
-    run = tmp_path_factory.mktemp("compare") / "run"
-    results = {path: path.stat().st_mtime_ns for path in (SCRIPT.parents[1] / "results").rglob("*")}
-    assert script.main(["--preset", "smoke", "--run", str(run)]) == 0
-    now = {path: path.stat().st_mtime_ns for path in (SCRIPT.parents[1] / "results").rglob("*")}
-    assert now == results, "a smoke run leaves the committed results alone"
-    return run
+def smoke(script, run_smoke) -> pathlib.Path:
+    return run_smoke(script)
 
 
 def test_smoke_report(smoke, competitors):

@@ -1,6 +1,5 @@
 """Flat regions: what steps cost, sharpness equal to a plain loop, verdicts, and the script end to end."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -21,16 +20,8 @@ KEYS = ["system", "claim", "preset", "command", "seeds", "commit", "dirty", "dev
 
 
 @pytest.fixture(scope="module")
-def script():
-    """The script as a module; the files beside it are importable, as when it is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MPLBACKEND", "Agg")
-        patch.syspath_prepend(SCRIPT.parent)
-        spec = importlib.util.spec_from_file_location("objectives_flat_regions_script", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "objectives_flat_regions_script", module)
-        spec.loader.exec_module(module)
-        yield module
+def script(load_script):
+    return load_script("objectives/flat_regions.py")
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +178,8 @@ def test_a_claim_holds_if_flat_regions_beat_every_variant(script, longer, sam, e
 
 
 @pytest.fixture(scope="module")
-def smoke(script, tmp_path_factory) -> pathlib.Path:
-    run = tmp_path_factory.mktemp("flat_regions") / "run"
-    results = {path: path.stat().st_mtime_ns for path in (SCRIPT.parents[1] / "results").rglob("*")}
-    assert script.main(["--preset", "smoke", "--run", str(run)]) == 0
-    now = {path: path.stat().st_mtime_ns for path in (SCRIPT.parents[1] / "results").rglob("*")}
-    assert now == results, "a smoke run leaves the committed results alone"
-    return run
+def smoke(script, run_smoke) -> pathlib.Path:
+    return run_smoke(script)
 
 
 def test_smoke_report(smoke, script):
@@ -219,7 +205,7 @@ def test_smoke_report(smoke, script):
 
 
 def test_smoke_figure(smoke):
-    assert (smoke / "figures" / "flat_regions.png").stat().st_size > 5000
+    assert (smoke / "figures" / "objectives_flat_regions.png").stat().st_size > 5000
 
 
 def test_a_run_is_not_overwritten_and_resuming_trains_only_what_is_missing(smoke, script, capsys):
