@@ -1,0 +1,250 @@
+"""What the studies of operator learning do alike: the recipe, arms trained at equal budgets, choosing a learning rate.
+
+An *arm* is one way to train: jointly on all tasks, separately, without the task's code, from given parameters. All
+seeds and learning rates of an arm are lanes of one program; the rate is chosen on validation functions, by the mean
+over tasks for a joint network, by each task for separate ones. The parameters are those after the last step, as the
+learning rate has fallen to zero.
+
+Letters: K tasks, S seeds, R learning rates, L lanes.
+"""
+
+import dataclasses
+import itertools
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import mtjax
+from mtjax.optim.base import Method
+from mtjax.train import Problem, TrainConfig, fit_problem
+from mtjax.train.problem import num_rows
+from mtjax.train.state import OptimizerFactory
+
+PyTree = Any
+MAIN = "relative_l2"
+
+
+class Interrupted(Exception):
+    """A signal ended a training; what is finished is on file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How an arm is trained: Adam, a linear warm-up, then a cosine to zero.
+
+    Attributes:
+      steps: updates of every network.
+      batch_size: functions per step.
+      points_per_step: random query points per step, the same for all functions of a batch; None: all points.
+      learning_rates: candidates, chosen on validation functions.
+      warmup: share of the steps in which the rate rises.
+      loss: 'relative_l2' of each function, or 'mse'.
+    """
+
+    steps: int = 3000
+    batch_size: int = 64
+    points_per_step: int | None = 256
+    learning_rates: tuple[float, ...] = (2e-3, 5e-3)
+    warmup: float = 0.07
+    loss: str = "relative_l2"
+
+    def __post_init__(self):
+        if min(self.steps, self.batch_size) < 1:
+            raise ValueError(f"steps and batch_size must be >= 1, got {self.steps} and {self.batch_size}")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ValueError(f"learning_rates must be at least one number > 0, got {self.learning_rates}")
+
+    def optimizer(self, steps: int) -> OptimizerFactory:
+        """`learning_rate -> Adam` whose rate ends at zero after that many steps."""
+        shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, round(self.warmup * steps)), max(2, steps))
+        return lambda rate: optax.adam(lambda count: rate * shape(count))
+
+    def budget(self, rows: int) -> tuple[TrainConfig, int]:
+        """Configuration of the loop for a lane with that many rows, and its number of steps (whole epochs)."""
+        per_epoch = max(1, rows // min(self.batch_size, rows))
+        epochs = math.ceil(self.steps / per_epoch)
+        config = TrainConfig(
+            batch_size=self.batch_size,
+            max_epochs=epochs,
+            evals_per_epoch=min(1.0, 5 / epochs),
+            patience=10**6,
+            steps_per_dispatch=64,
+        )
+        return config, epochs * per_epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What an arm came to.
+
+    Attributes:
+      name: of the arm.
+      test: {task: {metric: f64[S]}} on test functions.
+      validation: likewise.
+      params: leaves [S, ...], or [S, K, ...] for separate networks.
+      separate: whether each task has a network of its own.
+      learning_rates: chosen, one per task.
+      num_parameters: of all networks of one seed.
+      steps: updates of all networks of one seed.
+      functions_per_s: training functions per second of all lanes, after compilation.
+      compile_s: seconds of the first dispatch.
+    """
+
+    name: str
+    test: dict[str, dict[str, np.ndarray]]
+    validation: dict[str, dict[str, np.ndarray]]
+    params: PyTree
+    separate: bool
+    learning_rates: tuple[float, ...]
+    num_parameters: int
+    steps: int
+    functions_per_s: float
+    compile_s: float
+
+    def mean(self, metric: str = MAIN) -> np.ndarray:
+        """f64[S], mean over tasks of a metric on test functions."""
+        return np.mean([metrics[metric] for metrics in self.test.values()], axis=0)
+
+    def cost(self) -> dict[str, Any]:
+        """What report rows carry beside the numbers."""
+        return {
+            "params": self.num_parameters,
+            "steps": self.steps,
+            "rows_per_s": self.functions_per_s,
+            "compile_s": self.compile_s,
+            "learning_rate": list(self.learning_rates),
+        }
+
+    def of_seed(self, seed: int, task: int) -> PyTree:
+        """The parameters of a seed that predict a task."""
+        return jax.tree.map(lambda leaf: leaf[seed, task] if self.separate else leaf[seed], self.params)
+
+
+def train_arm(
+    name: str,
+    problem: Problem,
+    test: Mapping[str, Any],
+    recipe: Recipe,
+    seeds: Sequence[int],
+    directory: pathlib.Path,
+    *,
+    resume: bool,
+    separate: bool = False,
+    method: Method | None = None,
+    start: PyTree | None = None,
+    wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> Arm:
+    """Trains all seeds and learning rates of an arm at once, chooses the rate, and evaluates on test functions.
+
+    Args:
+      name: of the arm; also of its directory.
+      problem: data and losses.
+      test: the split to report on.
+      recipe: how to train.
+      seeds: the seeds.
+      directory: for checkpoints.
+      resume: go on from them.
+      separate: one network for each task, on the rows of that task alone, each with `recipe.steps`.
+      method: multi-objective method; None: the sum of the tasks' losses.
+      start: parameters to begin with, leaves [S, ...].
+      wrap: what to make of the optimiser, such as freezing parameters.
+      record: checked on resume.
+
+    Raises:
+      Interrupted: if a signal ended it.
+      ValueError: if `separate` is asked of tasks with unequal numbers of rows.
+    """
+    num_tasks, num_seeds = len(problem.tasks), len(seeds)
+    rows = num_rows(problem.train)
+    lane_rows, owners = None, [0]
+    if separate:
+        of_task = [np.flatnonzero(np.asarray(problem.train["task"]) == k) for k in range(num_tasks)]
+        if len({len(of) for of in of_task}) > 1:
+            raise ValueError(f"Separate networks need equal numbers of rows, got {[len(of) for of in of_task]}")
+        rows, owners = len(of_task[0]), list(range(num_tasks))
+    lanes = list(itertools.product(recipe.learning_rates, range(num_seeds), owners))
+    if separate:
+        lane_rows = np.stack([of_task[k] for _, _, k in lanes])
+    config, steps = recipe.budget(rows)
+    factory = recipe.optimizer(steps)
+    fitted = fit_problem(
+        problem,
+        config=config,
+        method=method,
+        optimizer=factory if wrap is None else lambda rate: wrap(factory(rate)),
+        seeds=[seeds[s] for _, s, _ in lanes],
+        learning_rates=[rate for rate, _, _ in lanes],
+        lane_rows=lane_rows,
+        start=None if start is None else jax.tree.map(lambda leaf: np.stack([leaf[s] for _, s, _ in lanes]), start),
+        directory=directory / slug(name),
+        resume=resume,
+        record={"arm": name, "recipe": dataclasses.asdict(recipe), **dict(record or {})},
+        title=name,
+    )
+    if fitted.interrupted:
+        raise Interrupted
+    evaluate = problem.evaluator(False)
+    params = jax.tree.map(np.asarray, fitted.state.params)
+    shape = (len(recipe.learning_rates), num_seeds, len(owners))
+    splits = [_reshaped(evaluate(params, split), shape) for split in (problem.validation, test)]
+    own = (lambda k: k) if separate else (lambda k: 0)
+    scores = np.stack(  # [R, K], mean over seeds
+        [splits[0][task.name][MAIN][..., own(k)].mean(1) for k, task in enumerate(problem.tasks)], axis=1
+    )
+    chosen = scores.argmin(0) if separate else np.full(num_tasks, scores.mean(1).argmin())
+
+    def choose(results):
+        return {
+            task.name: {name: values[chosen[k], :, own(k)] for name, values in results[task.name].items()}
+            for k, task in enumerate(problem.tasks)
+        }
+
+    def of_chosen(leaf):
+        leaf = leaf.reshape(*shape, *leaf.shape[1:])
+        return np.stack([leaf[chosen[k], :, k] for k in range(num_tasks)], 1) if separate else leaf[chosen[0], :, 0]
+
+    return Arm(
+        name=name,
+        test=choose(splits[1]),
+        validation=choose(splits[0]),
+        params=jax.tree.map(of_chosen, params),
+        separate=separate,
+        learning_rates=tuple(recipe.learning_rates[r] for r in (chosen if separate else chosen[:1])),
+        num_parameters=fitted.num_parameters * len(owners),
+        steps=steps * len(owners),
+        functions_per_s=fitted.rows_per_s,
+        compile_s=fitted.compile_s,
+    )
+
+
+def _reshaped(results: Mapping[str, Mapping[str, np.ndarray]], shape: tuple[int, ...]):
+    return {task: {name: v.reshape(shape) for name, v in metrics.items()} for task, metrics in results.items()}
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name.lower())
+
+
+def say(arm: Arm) -> None:
+    """One line on an arm."""
+    errors = ", ".join(f"{task} {100 * metrics[MAIN].mean():.2f}" for task, metrics in arm.test.items())
+    rates = ", ".join(f"{rate:g}" for rate in sorted(set(arm.learning_rates)))
+    print(f"{arm.name}: test error in %: {errors}; rate {rates}, {arm.steps} steps", flush=True)
+
+
+def mean_field_error(tasks: Sequence[mtjax.Task], train: Mapping[str, Any], test: Mapping[str, Any], mask=None):
+    """{task: {'relative_l2': f64[1]}} of predicting the mean training field of the task: no learning."""
+    results = {}
+    for k, task in enumerate(tasks):
+        mean = np.asarray(train["values"], np.float64)[train["task"] == k].mean(0)
+        fields = np.asarray(test["values"], np.float64)[test["task"] == k]
+        inside = slice(None) if mask is None else mask[k]
+        error = np.linalg.norm((fields - mean)[:, inside], axis=1) / np.linalg.norm(fields[:, inside], axis=1)
+        results[task.name] = {MAIN: np.array([error.mean()])}
+    return results
