@@ -14,6 +14,9 @@ settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 jax.config.update("jax_num_cpu_devices", 8)
+# A test compiles many programs and runs each for microseconds: without LLVM's optimisation the suite takes a fifth less
+# time. What the compiler does to memory and collectives, which tests look at, comes before that.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A cache beside the tests: a second run, and the processes that tests start, compile nothing twice.
 CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"

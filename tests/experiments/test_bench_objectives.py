@@ -39,6 +39,7 @@ def quick(bench):
     return content
 
 
+@pytest.mark.slow
 def test_quick_run_measures_every_section(bench, quick):
     assert list(quick["sections"]) == list(bench.SECTIONS)
     for name, section in quick["sections"].items():
@@ -51,6 +52,7 @@ def test_quick_run_measures_every_section(bench, quick):
     assert json.loads(json.dumps(quick)) == quick, "all of it has a JSON form"
 
 
+@pytest.mark.slow
 def test_quick_run_has_every_method_and_side(bench, quick):
     sides = {"mtjax"} if bench.theirs is None else {"mtjax", "TorchJD", "formula"}
     rows = quick["sections"]["steps"]["rows"]
@@ -60,6 +62,7 @@ def test_quick_run_has_every_method_and_side(bench, quick):
     assert all(row["multiple"] == 1.0 for row in rows if row["method"] == "sum")
 
 
+@pytest.mark.slow
 def test_quick_run_renders_and_judges(bench, quick):
     text = bench.table.render(quick)
     for title in ("## Goals", "## The whole step", "## Weighting alone, mtjax", "## Routes", "## Memory"):

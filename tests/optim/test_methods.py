@@ -20,7 +20,18 @@ from . import properties
 from .properties import METHODS, TABLE, K, method_of
 
 EVERY = pytest.mark.parametrize("name", TABLE)
-EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
+
+
+def of_methods(names):
+    """Parametrised by names of methods; other settings of a method that is there anyway only with `-m slow`."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.slow) if "(" in name else name for name in names]
+    )
+
+
+EVERY_METHOD = of_methods(METHODS)
+# The published rate of its inner loop does not converge (see there): rounding grows in twenty steps.
+TOLERANCE = {"sdmgrad": 1e-3}
 # Random numbers are drawn for all K tasks, so three tasks see others than four of which one is left out; weights by
 # position are another rule for other positions.
 DRAWN = ("rlw", "rgw", "pcgrad", "gradvac", "linear(given)", "pmtl", "pcgrad(reduction='mean')")
@@ -141,7 +152,7 @@ def test_non_finite_rows_propagate(name):
     assert np.isnan(directions[0, 0]) or name in ROBUST
 
 
-@pytest.mark.parametrize("name", [name for name in TABLE if "linear" not in name and name != "per_group(mgda)"])
+@of_methods([name for name in TABLE if "linear" not in name and name != "per_group(mgda)"])
 def test_many_tasks(name):
     """K = 64; its own program, whose size does not depend on K: everything is a loop on the device."""
     rows, losses = random_rows(5, num_tasks=64, num_params=40)
@@ -155,7 +166,7 @@ def test_many_tasks(name):
 # Tasks that are left out.
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in DRAWN])
+@of_methods([name for name in METHODS if name not in DRAWN])
 def test_a_dropped_task_might_as_well_not_be_there(name):
     rows, losses = random_rows(6)
     kept = jnp.array([0, 2, 3])
@@ -177,7 +188,7 @@ def test_a_dropped_task_might_as_well_not_be_there(name):
     assert jax.tree.structure(expected_states) == jax.tree.structure(state)
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@of_methods(DRAWN)
 def test_a_dropped_task_has_no_weight_where_random_numbers_are_drawn(name):
     rows, losses = random_rows(6)
     method = optim.nonfinite(method_of(name), "drop_task")
@@ -224,13 +235,13 @@ def test_on_a_mesh_and_not_under_vmap_it_is_the_same(name):
         rows, losses = (jnp.asarray(array[index], jnp.float32) for array in (s.generic, s.losses))
         direction, new = update(*put(rows, state, losses))
         weights = np.nan_to_num(np.asarray(new.weights), nan=1.0)
-        assert_directions_close(direction, expected[index], rows, 1e-4, weights)
+        assert_directions_close(direction, expected[index], rows, TOLERANCE.get(name, 1e-4), weights)
         np.testing.assert_allclose(new.weights, expected_states.weights[index], rtol=2e-3, atol=1e-4)
     assert len(traces) == 1, "the second call compiles nothing"
     assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if properties.state_size(name) != "none"])
+@of_methods([name for name in METHODS if properties.state_size(name) != "none"])
 def test_a_scan_is_the_loop(name):
     method, steps = method_of(name), 3
     put, update, _ = single_update(name)
@@ -293,9 +304,7 @@ def loss_fn(params, x):
     return {f"task {k}": 10.0 ** (k - 2) * jnp.mean((outputs[:, k] - 1) ** 2) for k in range(K)}
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in METHODS if method_of(name).weighting is not None and method_of(name).route is None]
-)
+@of_methods([name for name in METHODS if method_of(name).weighting is not None and method_of(name).route is None])
 def test_both_routes_give_the_same_update(name):
     """Contract 4: with and without the Jacobian in memory, step after step. (`on_shared`, chunks: test_routes.py.)"""
     method = method_of(name)

@@ -56,8 +56,22 @@ def assert_trees_close(ours, reference, tolerance=1e-5):
 # Weighted route, chunk by chunk.
 
 
-@pytest.mark.parametrize("shared", [True, None, {"trunk": True, "heads": False}], ids=["all", "seen", "named"])
-@pytest.mark.parametrize("chunk_size", [1, 2, 3])
+WAYS = {"all": True, "seen": None, "named": {"trunk": True, "heads": False}}
+
+
+@pytest.mark.parametrize(
+    ("shared", "chunk_size"),
+    [
+        pytest.param(
+            shared,
+            size,
+            id=f"{way}-{size}",
+            marks=() if (way, size) in (("all", 1), ("named", 2), ("seen", 3)) else pytest.mark.slow,
+        )
+        for way, shared in WAYS.items()
+        for size in (1, 2, 3)
+    ],
+)
 def test_columns_of_the_gramian_equal_its_rows(shared, chunk_size):
     method = optim.on_shared(optim.mgda(), shared)
     by_rows = jax.jit(mtjax.value_and_weighted_grad(loss_fn, method))
