@@ -16,9 +16,8 @@ import json
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 # jax 0.10.1 prints a harmless E-level message of XLA whenever it finds a compiled program in its cache.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -26,19 +25,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 import training
 import transfer
-from training import MAIN, Arm, Recipe, say, train_arm
+from study import Found
+from study import main as run_study
+from training import Arm, Recipe, against, say, train_arm
 
 import mtjax
 from mtjax import metrics, optim, plots_operators
 from mtjax.data.pde import fisher
 from mtjax.models.mt_deeponet import fisher_deeponet, small_deeponet
-from mtjax.train import command, report, tables
-from mtjax.train.compare import mean_and_se, verdict
-from mtjax.train.config import override
+from mtjax.train import report
 from mtjax.train.fields import Domain, field_problem, predict_fields
 
-DATA, RECIPE = fisher.FisherConfig(), Recipe(steps=2000)
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+DATA, RECIPE = fisher.FisherConfig(), Recipe(learning_rates=(5e-3,))
 SYSTEM = "operators_fisher"
 JOINT, SEPARATE, SHORTER, ZEROED = "joint", "separate", "separate, same total", "joint, code zeroed"
 NO_LEARNING = "mean training field"
@@ -78,7 +76,7 @@ class Config:
     recipe: Recipe = RECIPE
     methods: tuple[str, ...] = ()
     examples: tuple[int, ...] = (5, 20, 50, 100)
-    transfer_steps: int = 600
+    transfer_steps: int = 1000
     data_seed: int = 0
     seeds: int = 3
 
@@ -88,6 +86,7 @@ class Config:
             raise ValueError(f"methods: there is no '{unknown[0]}'; choose among {', '.join(METHODS)}")
 
 
+STUDY = Config(recipe=Recipe(), methods=("uncertainty", "pcgrad", "fairgrad"))
 SMOKE = Config(
     data=fisher.FisherConfig(num_nodes=16, num_times=5),
     train_per_form=8,
@@ -98,6 +97,9 @@ SMOKE = Config(
     transfer_steps=2,
     seeds=2,
 )
+DEMO = dataclasses.replace(
+    STUDY, recipe=dataclasses.replace(RECIPE, steps=1500), methods=(), examples=(5, 20, 100), transfer_steps=400
+)
 PAPER = Config(
     train_per_form=1000,
     validation_per_form=200,
@@ -106,25 +108,7 @@ PAPER = Config(
     recipe=Recipe(steps=100_000, batch_size=200, points_per_step=None, learning_rates=(1e-3,), loss="mse"),
     transfer_steps=5000,
 )
-PRESETS = {"smoke": SMOKE, "demo": Config(), "paper": PAPER}
-
-
-@dataclasses.dataclass
-class Arguments:
-    """Train one operator network on several source terms of Fisher's equation, and one network per source term."""
-
-    preset: Literal["smoke", "demo", "paper"] = "demo"
-    """smoke: seconds. demo: about two minutes on two CPU cores. paper: published sizes, for an accelerator."""
-    seeds: int | None = None
-    """Number of seeds (at least 3 for a standard error that means something)."""
-    methods: tuple[str, ...] = ()
-    """Multi-objective methods to train the joint network with, e.g. --methods pcgrad uncertainty."""
-    run: pathlib.Path | None = None
-    """Run directory; by default a new one under runs/operators_fisher."""
-    resume: bool = False
-    """Go on with an interrupted run, with the options that it was started with."""
-    set: Annotated[tuple[str, ...], "FIELD=VALUE"] = ()
-    """Override configuration fields, e.g. --set recipe.steps=500 train_per_form=50."""
+PRESETS = {"smoke": SMOKE, "demo": DEMO, "study": STUDY, "paper": PAPER}
 
 
 def network(config: Config) -> Any:
@@ -173,33 +157,13 @@ def train_arms(config: Config, data: Mapping[str, Any], run: pathlib.Path, resum
     return arms
 
 
-# What was found.
-
-
-def against(
-    claim: str, ours: Arm, other: Arm, *, factor: float = 1.0, better: bool = True, every: bool = True
-) -> report.Finding:
-    """The finding that the mean error of `ours` is below `factor` times that of `other` (or above, not `better`).
-
-    By a paired t-test over seeds on the mean over tasks; with `every`, the means over seeds must agree for each task.
-    """
-    difference = factor * other.mean() - ours.mean()
-    mean, se = mean_and_se(100 * (difference if better else -difference))
-    holds = verdict(mean, se, difference.size)
-    pairs = {task: (ours.test[task][MAIN].mean(), other.test[task][MAIN].mean()) for task in ours.test}
-    right = sum((a < factor * b) == better for a, b in pairs.values())
-    if holds and every and right < len(pairs):
-        holds = None
-    shown = ", ".join(f"{task} {100 * a:.1f} against {100 * b:.1f}" for task, (a, b) in pairs.items())
-    times = "" if factor == 1 else f" (against {factor:g} x the other's)"
-    reason = f"error in %: {shown}; difference of the means{times} {mean:+.2f} ± {se:.2f}"
-    names = (f"{arm.name}: {report.format_mean(*mean_and_se(100 * arm.mean()))} %" for arm in (other, ours))
-    return report.Finding(claim, *names, holds, reason)
-
-
-def findings(arms: Mapping[str, Arm], moved: Sequence[report.Finding]) -> list[report.Finding]:
-    """The paper's claims, by what was measured."""
-    found = [
+def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
+    """All arms, and the transfer to forms that were not trained on."""
+    data = load(config, config.data.forms, config.data_seed)
+    tasks = tasks_of(config.data)
+    arms = train_arms(config, data, run, resume)
+    moved, moved_rows, curves = study_transfer(config, arms[JOINT], run, resume)
+    claims = [
         against(
             "one network for all forms beats a network per form, each trained as long", arms[JOINT], arms[SEPARATE]
         ),
@@ -212,49 +176,15 @@ def findings(arms: Mapping[str, Arm], moved: Sequence[report.Finding]) -> list[r
             better=False,
         ),
     ]
-    return [*found, *moved]
-
-
-def experiment(args: Arguments) -> int:
-    """Runs the experiment; returns the exit status."""
-    began = time.perf_counter()
-    args, run = command.settle_run(args, pathlib.Path("runs") / SYSTEM)
-    config = override(PRESETS[args.preset], args.set)
-    config = dataclasses.replace(
-        config,
-        seeds=config.seeds if args.seeds is None else args.seeds,
-        methods=args.methods or config.methods,
-    )
-    where = report.provenance(outputs=[run, ROOT / "results"])
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    command.write_run(run, args, config=settings)
-    data = load(config, config.data.forms, config.data_seed)
-    tasks = tasks_of(config.data)
-    try:
-        arms = train_arms(config, data, run, args.resume)
-        moved, moved_rows, curves = study_transfer(config, arms[JOINT], run, args.resume)
-    except training.Interrupted:
-        return command.interrupted(run)
-
-    baseline = training.mean_field_error(tasks, data["train"], data["test"])
-    rows = report.result_rows(NO_LEARNING, baseline)
+    rows = report.result_rows(NO_LEARNING, training.mean_field_error(tasks, data["train"], data["test"]))
     for name, arm in arms.items():
         rows += report.result_rows(name, arm.test, baseline=SEPARATE, **arm.cost())
-    result = report.from_findings(
-        SYSTEM,
-        findings(arms, moved),
-        preset=args.preset,
-        seeds=range(config.seeds),
-        wall_s=round(time.perf_counter() - began, 1),
-        rows=[row | {"higher_is_better": False} for row in [*rows, *moved_rows]],
-        provenance=where,
-        details={"config": settings},
+    return Found(
+        tasks,
+        [*claims, *moved],
+        [*rows, *moved_rows],
+        lambda folder: draw(config, data["test"], arms[JOINT], curves, folder),
     )
-    tables.print_report(result, metrics=dict.fromkeys((task.name for task in tasks), MAIN))
-    pictures = draw(config, data["test"], arms[JOINT], curves, run / "figures")
-    kept = args.preset == "demo" and (args.seeds, args.methods, args.set) == (None, (), ())
-    command.publish(result, run, pictures, ROOT / "results" if kept else None)
-    return 0
 
 
 def study_transfer(config: Config, joint: Arm, run: pathlib.Path, resume: bool):
@@ -270,7 +200,7 @@ def study_transfer(config: Config, joint: Arm, run: pathlib.Path, resume: bool):
         options={"loss": config.recipe.loss, "points_per_step": config.recipe.points_per_step},
     )
     recipe = dataclasses.replace(config.recipe, steps=config.transfer_steps)
-    return transfer.study(target, joint, recipe, config.examples, range(config.seeds), run / "transfer", resume=resume)
+    return transfer.move(target, joint, recipe, config.examples, range(config.seeds), run / "transfer", resume=resume)
 
 
 def draw(
@@ -291,10 +221,7 @@ def draw(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    import tyro
-
-    arguments = tyro.cli(Arguments, args=list(sys.argv[1:] if argv is None else argv), prog="fisher.py")
-    return command.run_command(lambda: experiment(arguments))
+    return run_study(argv, __doc__, SYSTEM, PRESETS, study)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ import optax
 
 import mtjax
 from mtjax.optim.base import Method
-from mtjax.train import Problem, TrainConfig, fit_problem
+from mtjax.train import Problem, TrainConfig, fit_problem, report
+from mtjax.train.compare import mean_and_se, verdict
 from mtjax.train.problem import num_rows
 from mtjax.train.state import OptimizerFactory
 
@@ -248,3 +249,25 @@ def mean_field_error(tasks: Sequence[mtjax.Task], train: Mapping[str, Any], test
         error = np.linalg.norm((fields - mean)[:, inside], axis=1) / np.linalg.norm(fields[:, inside], axis=1)
         results[task.name] = {MAIN: np.array([error.mean()])}
     return results
+
+
+def against(
+    claim: str, ours: Arm, other: Arm, *, factor: float = 1.0, better: bool = True, metric: str = MAIN
+) -> report.Finding:
+    """The finding that the mean error of `ours` is below `factor` times that of `other` (or above, if not `better`).
+
+    By a paired t-test over seeds on the mean over tasks; a claim that does not hold for the mean of every task is open.
+    """
+    difference = 100 * (factor * other.mean(metric) - ours.mean(metric)) * (1 if better else -1)
+    mean, se = mean_and_se(difference)
+    holds = verdict(mean, se, difference.size)
+    pairs = {task: (ours.test[task][metric].mean(), other.test[task][metric].mean()) for task in ours.test}
+    if holds and any((a < factor * b) != better for a, b in pairs.values()):
+        holds = None
+    shown = ", ".join(f"{task} {100 * a:.2f} against {100 * b:.2f}" for task, (a, b) in pairs.items())
+    times = "" if factor == 1 else f" (with {factor:g} x the other's)"
+    reason = f"error in %: {shown}; difference of the means{times} {mean:+.2f} ± {se:.2f}"
+    theirs, mine = (
+        f"{arm.name}: {report.format_mean(*mean_and_se(100 * arm.mean(metric)))} %" for arm in (other, ours)
+    )
+    return report.Finding(claim, theirs, mine, holds, reason)

@@ -1,7 +1,7 @@
 """Moving a trained operator network to a task it has not seen: zero-shot, fine-tuned on a few examples, from scratch.
 
-The baseline is tuned as the fine-tuning is: the same steps, each with candidates of the learning rate of its own, chosen
-on validation functions of the target.
+The baseline is tuned as the fine-tuning is: the same steps, each with candidates of the learning rate of its own,
+chosen on validation functions of the target.
 
 Letters: S seeds, m examples.
 """
@@ -13,13 +13,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from training import MAIN, Arm, Recipe, say, train_arm
+from training import MAIN, Arm, Recipe, against, say, train_arm
 
 import mtjax
 from mtjax import metrics
 from mtjax.models import mt_deeponet_training
 from mtjax.train import report
-from mtjax.train.compare import mean_and_se, verdict
 from mtjax.train.fields import Domain, field_problem
 
 ALL, SUBSET, SCRATCH = "fine-tuned", "fine-tuned, published subset", "from scratch"
@@ -54,7 +53,7 @@ class Target:
         return field_problem(self.model, self.tasks(), self.domain, few, self.splits["validation"], **self.options)
 
 
-def study(
+def move(
     target: Target,
     source: Arm,
     recipe: Recipe,
@@ -138,19 +137,9 @@ def study(
 def findings(found: Mapping[int, Mapping[str, Arm]], examples: Sequence[int]) -> list[report.Finding]:
     """That fine-tuning on few examples beats training on many, and that the subset costs little."""
     few, many = sorted(examples)[len(examples) > 2], max(examples)
-    result = []
-    for claim, ours, theirs in (
+    pairs = (
         (f"fine-tuned on {few} examples beats from scratch on {few}", found[few][ALL], found[few][SCRATCH]),
         (f"fine-tuned on {few} examples beats from scratch on {many}", found[few][ALL], found[many][SCRATCH]),
         (f"all weights beat the published subset, {few} examples", found[few][ALL], found[few][SUBSET]),
-    ):
-        difference = 100 * (theirs.mean() - ours.mean())
-        mean, se = mean_and_se(difference)
-        by_task = ", ".join(
-            f"{task} {100 * ours.test[task][MAIN].mean():.1f} against {100 * theirs.test[task][MAIN].mean():.1f}"
-            for task in ours.test
-        )
-        shown = (f"{report.format_mean(*mean_and_se(100 * arm.mean()))} %" for arm in (theirs, ours))
-        reason = f"error in %: {by_task}; difference {mean:+.2f} ± {se:.2f}"
-        result.append(report.Finding(claim, *shown, verdict(mean, se, difference.size), reason))
-    return result
+    )
+    return [against(claim, ours, theirs) for claim, ours, theirs in pairs]

@@ -1,6 +1,6 @@
 """Data: one source per file. Nothing here imports `nn` or `models`."""
 
-from mtjax.data import acs_income, aliexpress, digits, flights, higgs
+from mtjax.data import acs_income, aliexpress, digits, flights, higgs, pde
 from mtjax.data.encoders import TabularEncoder
 from mtjax.data.mmoe_synthetic import MMoESynthetic
 from mtjax.data.multitab_bench import MultiTabBench
@@ -19,4 +19,5 @@ __all__ = [
     "digits",
     "flights",
     "higgs",
+    "pde",
 ]
