@@ -27,7 +27,7 @@ import training
 import transfer
 from study import Found
 from study import main as run_study
-from training import Arm, Recipe, against, say, train_arm
+from training import Arm, Recipe, say, train_arm
 
 import mtjax
 from mtjax import metrics, optim, plots_operators
@@ -39,6 +39,7 @@ from mtjax.train.fields import Domain, field_problem, predict_fields
 DATA, RECIPE = fisher.FisherConfig(), Recipe(learning_rates=(5e-3,))
 SYSTEM = "operators_fisher"
 JOINT, SEPARATE, SHORTER, ZEROED = "joint", "separate", "separate, same total", "joint, code zeroed"
+ARMS = (JOINT, SEPARATE, SHORTER, ZEROED)
 NO_LEARNING = "mean training field"
 # Not among the training forms: between two of them, and with a power that none of them has.
 MIXED = fisher.Form("mixed", (1, -0.5, -0.5))
@@ -61,6 +62,7 @@ class Config:
       train_per_form, validation_per_form, test_per_form: functions.
       network: 'small' (GELU, Fourier features; trains in seconds) or 'published' (the paper's sizes).
       recipe: how every arm is trained.
+      arms: what to train, of `ARMS`.
       methods: multi-objective methods to train the joint network with, beside the sum.
       examples: numbers of examples of an unseen form to fine-tune with.
       transfer_steps: updates of fine-tuning, and of training from scratch.
@@ -74,6 +76,7 @@ class Config:
     test_per_form: int = 200
     network: Literal["small", "published"] = "small"
     recipe: Recipe = RECIPE
+    arms: tuple[str, ...] = ARMS
     methods: tuple[str, ...] = ()
     examples: tuple[int, ...] = (5, 20, 50, 100)
     transfer_steps: int = 1000
@@ -81,9 +84,8 @@ class Config:
     seeds: int = 3
 
     def __post_init__(self):
-        unknown = [name for name in self.methods if name not in METHODS]
-        if unknown:
-            raise ValueError(f"methods: there is no '{unknown[0]}'; choose among {', '.join(METHODS)}")
+        training.check_names("methods", self.methods, METHODS)
+        training.check_names("arms", self.arms, ARMS, required=(JOINT, SEPARATE))
 
 
 STUDY = Config(recipe=Recipe(), methods=("uncertainty", "pcgrad", "fairgrad"))
@@ -93,7 +95,8 @@ SMOKE = Config(
     validation_per_form=4,
     test_per_form=4,
     recipe=Recipe(steps=4, batch_size=8, points_per_step=32, learning_rates=(5e-3,)),
-    examples=(2, 4),
+    arms=(JOINT, SEPARATE, ZEROED),
+    examples=(2,),
     transfer_steps=2,
     seeds=2,
 )
@@ -146,12 +149,16 @@ def train_arms(config: Config, data: Mapping[str, Any], run: pathlib.Path, resum
         arms[name] = train_arm(name, problem, test, recipe, seeds, run, resume=resume, record=record, **more)
         say(arms[name])
 
-    arms: dict[str, Arm] = {}
-    arm(JOINT)
-    arm(SEPARATE, separate=True)
     shorter = dataclasses.replace(config.recipe, steps=max(1, config.recipe.steps // len(tasks)))
-    arm(SHORTER, separate=True, recipe=shorter)
-    arm(ZEROED, zeroed=True)
+    how = {
+        JOINT: {},
+        SEPARATE: {"separate": True},
+        SHORTER: {"separate": True, "recipe": shorter},
+        ZEROED: {"zeroed": True},
+    }
+    arms: dict[str, Arm] = {}
+    for name in config.arms:
+        arm(name, **how[name])
     for name in config.methods:
         arm(f"{JOINT}, {name}", method=METHODS[name]())
     return arms
@@ -163,19 +170,13 @@ def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
     tasks = tasks_of(config.data)
     arms = train_arms(config, data, run, resume)
     moved, moved_rows, curves = study_transfer(config, arms[JOINT], run, resume)
-    claims = [
-        against(
-            "one network for all forms beats a network per form, each trained as long", arms[JOINT], arms[SEPARATE]
-        ),
-        against("and a network per form with the same total of steps", arms[JOINT], arms[SHORTER]),
-        against(
-            "the code carries it: without, the error is more than twice as large",
-            arms[ZEROED],
-            arms[JOINT],
-            factor=2.0,
-            better=False,
-        ),
-    ]
+    twice = {"factor": 2.0, "better": False}
+    asked = (
+        ("one network for all forms beats a network per form, each trained as long", JOINT, SEPARATE, {}),
+        ("and a network per form with the same total of steps", JOINT, SHORTER, {}),
+        ("the code carries it: without, the error is more than twice as large", ZEROED, JOINT, twice),
+    )
+    claims = training.findings(asked, arms)
     rows = report.result_rows(NO_LEARNING, training.mean_field_error(tasks, data["train"], data["test"]))
     for name, arm in arms.items():
         rows += report.result_rows(name, arm.test, baseline=SEPARATE, **arm.cost())

@@ -271,3 +271,18 @@ def against(
         f"{arm.name}: {report.format_mean(*mean_and_se(100 * arm.mean(metric)))} %" for arm in (other, ours)
     )
     return report.Finding(claim, theirs, mine, holds, reason)
+
+
+def findings(asked: Sequence[tuple[str, str, str, Mapping[str, Any]]], arms: Mapping[str, Arm]) -> list[report.Finding]:
+    """`against` for every (claim, arm, other arm, options) whose arms were trained."""
+    return [against(claim, arms[a], arms[b], **how) for claim, a, b, how in asked if {a, b} <= arms.keys()]
+
+
+def check_names(field: str, names: Sequence[str], known: Sequence[str], required: Sequence[str] = ()) -> None:
+    """Raises a ValueError if a name is unknown, or a required one is missing."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{field}: there is no '{unknown[0]}'; choose among {', '.join(known)}")
+    missing = [name for name in required if name not in names]
+    if missing:
+        raise ValueError(f"{field} must hold '{missing[0]}', got {', '.join(names) or 'none'}")

@@ -62,7 +62,7 @@ def move(
     directory: pathlib.Path,
     *,
     resume: bool,
-    tuned: Sequence[float] = (5e-4, 1e-3),
+    tuned: Sequence[float] = (1e-4, 5e-4, 2e-3),
     subset: Callable[[Any], Any] = mt_deeponet_training.transfer_labels,
 ) -> tuple[list[report.Finding], list[report.Row], dict[str, Any]]:
     """Zero-shot error, and errors with m examples of each target in three ways, all targets with networks of their own.
