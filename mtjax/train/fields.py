@@ -2,6 +2,7 @@
 
 A split holds one row per function: 'inputs' (what the branch reads), 'values' f[n, N] (or f[n, N, C]), 'task' i[n].
 What all functions share is given once: 'points' f[N, d], and tables by task such as the mask of a geometry, bool[K, N].
+Where every function has a geometry of its own, 'mask' and 'distance' [n, N] are columns of the split instead.
 
 Letters: n rows, B batch, N points, d coordinates, C outputs, K tasks, L lanes.
 """
@@ -45,7 +46,9 @@ class Domain:
             batch["values"] = take(rows["values"], axis=1)
         for name in ("mask", "distance"):
             table = getattr(self, name)
-            if table is not None:
+            if name in rows:
+                batch[name] = take(rows[name], axis=1)
+            elif table is not None:
                 batch[name] = take(jnp.asarray(table), axis=1)[rows["task"]]
         return batch
 
@@ -226,7 +229,7 @@ def predict_fields(
       model: an operator network.
       params: of one lane.
       domain: points and masks.
-      split: 'inputs' and 'task' of n functions.
+      split: 'inputs' and 'task' of n functions, and 'mask' or 'distance' if they are columns.
       batch_size: functions per dispatch.
     """
 
@@ -239,6 +242,6 @@ def predict_fields(
         mask = batch["mask"].astype(bool)
         return jnp.where(mask if output.ndim == 2 else mask[:, :, None], output, jnp.nan)
 
-    rows = {key: split[key] for key in ("inputs", "task")}
+    rows = {key: split[key] for key in ("inputs", "task", "mask", "distance") if key in split}
     pieces = [np.asarray(run(params, piece))[weight > 0] for piece, weight in _batches(rows, batch_size)]
     return np.concatenate(pieces)
