@@ -49,6 +49,10 @@ def parabola(batch):
     return x * (1 - x)
 
 
+def quick_jit(f):
+    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
+
+
 @functools.cache
 def network(hard=True):
     model = DeepONet(
@@ -176,14 +180,19 @@ def test_losses_of_the_parts_in_a_fixed_order():
     model, params = network(hard=False)
     loss_fn = physics.physics_losses(model.apply, physics.diffusion_reaction(0.1))
     batch = parts()
-    losses = loss_fn(params, batch)
-    assert list(losses) == list(physics.PARTS)
-    u = model.apply(params, {"inputs": INPUTS, "points": OWN_POINTS})["u"]
-    expected = np.mean(np.asarray(u - wave(OWN_POINTS))[:, :4] ** 2)
-    np.testing.assert_allclose(losses["data"], expected, rtol=1e-4)
-    assert list(loss_fn(params, {k: batch[k] for k in ("inputs", "boundary", "residual")})) == ["residual", "boundary"]
+
+    def order(*names):
+        found = []  # jit and eval_shape return dicts with sorted names
+        jax.eval_shape(lambda p: found.extend(loss_fn(p, {name: batch[name] for name in ("inputs", *names)})), params)
+        return found
+
+    assert order("data", "boundary", "residual", "initial") == ["residual", "initial", "boundary", "data"]
+    assert order("boundary", "residual") == ["residual", "boundary"]
     with pytest.raises(ValueError, match="some of the parts residual, initial, boundary, data, got inputs"):
-        loss_fn(params, {"inputs": INPUTS})
+        order()
+    loss = loss_fn(params, {"inputs": INPUTS, "data": batch["data"]})["data"]
+    u = model.apply(params, {"inputs": INPUTS, "points": OWN_POINTS})["u"]
+    np.testing.assert_allclose(loss, np.mean(np.asarray(u - wave(OWN_POINTS))[:, :4] ** 2), rtol=1e-4)
 
 
 def test_masked_mean_square():
@@ -197,13 +206,15 @@ def test_masked_mean_square():
 METHODS = {
     "ntk_balance": optim.ntk_balance(every=2),
     "gradnorm": optim.gradnorm(0.5, optax.sgd(0.05)),
-    "pcgrad": optim.pcgrad(),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_of_optim_train_on_the_parts(name):
-    model, params = network(hard=False)
+    model = DeepONet(MLP((4, 3), nn.tanh), MLP((5, 3), nn.tanh))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), {"inputs": INPUTS, "points": POINTS})
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), shapes)
     loss_fn = physics.physics_losses(model.apply, physics.diffusion_reaction(0.1))
     method, adam = METHODS[name], optax.adam(1e-2)
     batch = parts()
@@ -220,13 +231,12 @@ def test_methods_of_optim_train_on_the_parts(name):
         (_, state, _), losses = jax.lax.scan(step, start, length=60)
         return losses, state
 
-    losses, state = jax.jit(train)(params)
+    losses, state = quick_jit(train)(params)
     assert losses.shape == (60, 4) and np.all(np.isfinite(losses))
     assert losses[-1].sum() < 0.5 * losses[0].sum()
     weights = np.asarray(optim.diagnostics(state).weights)
     assert weights.shape == (4,) and np.all(weights > 0)
-    if name != "pcgrad":
-        assert np.ptp(weights) > 0.01
+    assert np.ptp(weights) > 0.01
 
 
 @pytest.mark.parametrize("options", [{}, {"first": (2,)}, {"second": (0, -1)}])

@@ -21,7 +21,7 @@ from mtjax.models import mt_deeponet_training
 from mtjax.train import report
 from mtjax.train.fields import Domain, field_problem
 
-ALL, SUBSET, SCRATCH = "fine-tuned", "fine-tuned, published subset", "from scratch"
+WAYS = ALL, SUBSET, SCRATCH = ("fine-tuned", "fine-tuned, published subset", "from scratch")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -212,8 +212,8 @@ def scaled_design(design: jax.Array, low: Sequence[float], high: Sequence[float]
     Raises:
       ValueError: if a parameter does not vary.
 
-    >>> scaled_design(jnp.array([[2.0, 1.2], [9.0, 0.9]]), [2, 0.9], [9, 1.6]).round(3).tolist()
-    [[0.0, 0.429], [1.0, 0.0]]
+    >>> scaled_design(jnp.array([[2.0, 1.25], [9.0, 0.9]]), [2, 0.9], [9, 1.6]).round(2).tolist()
+    [[0.0, 0.5], [1.0, 0.0]]
     """
     low, high = np.asarray(low, design.dtype), np.asarray(high, design.dtype)
     if not (high > low).all():

@@ -100,6 +100,11 @@ class SeparableDeepONet(nn.Module):
         coefficients = self.branch(batch["inputs"], train=train)
         if "axes" in batch:
             factors = self.trunk.factors(batch["axes"], train=train)
+            if factors[0].shape[-1] != coefficients.shape[-1]:
+                raise ValueError(
+                    "The branch must end in p and every net of the trunk in rank * p, got "
+                    f"{coefficients.shape[-1]} and {self.trunk.rank} * {factors[0].shape[-1]}"
+                )
             letters = string.ascii_lowercase[-len(factors) :]
             spec = ",".join(["bp", *(f"{letter}rp" for letter in letters)]) + "->b" + letters
             u = jnp.einsum(spec, coefficients, *factors).reshape(coefficients.shape[0], -1)

@@ -13,7 +13,6 @@ Letters: B functions, N points, C outputs, d coordinates.
 [[0.0, 2.0], [0.0, 0.0]]
 """
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,17 @@ Transform = Callable[[jax.Array, Batch], jax.Array]
 Column = Callable[[Batch], jax.Array]
 
 
+def column(name: str) -> Column:
+    """A function that reads a column of the batch, and says so if there is none."""
+
+    def read(batch):
+        if name not in batch:
+            raise ValueError(f"An output transform reads batch[{name!r}], but the batch has {', '.join(batch)}")
+        return batch[name]
+
+    return read
+
+
 def apply_transforms(u: jax.Array, batch: Batch, transforms: Sequence[Transform]) -> jax.Array:
     """u after all transforms, in order."""
     for transform in transforms:
@@ -32,27 +42,27 @@ def apply_transforms(u: jax.Array, batch: Batch, transforms: Sequence[Transform]
     return u
 
 
-def like(column: jax.Array, u: jax.Array) -> jax.Array:
+def like(values: jax.Array, u: jax.Array) -> jax.Array:
     """A column f[N], f[B, N], f[1, N, C] or f[B, N, C] with the axes of u f[B, N] or f[B, N, C].
 
     Raises:
       ValueError: if it fits none of them.
     """
-    column = jnp.asarray(column)
-    given = column.shape
-    if column.ndim == 1:
-        column = column[None]
-    if column.ndim == 2 and u.ndim == 3:
-        column = column[:, :, None]
-    fits = column.ndim == u.ndim and all(c in (1, n) for c, n in zip(column.shape, u.shape, strict=True))
-    if not fits or column.shape[1] != u.shape[1]:
+    values = jnp.asarray(values)
+    given = values.shape
+    if values.ndim == 1:
+        values = values[None]
+    if values.ndim == 2 and u.ndim == 3:
+        values = values[:, :, None]
+    fits = values.ndim == u.ndim and all(c in (1, n) for c, n in zip(values.shape, u.shape, strict=True))
+    if not fits or values.shape[1] != u.shape[1]:
         raise ValueError(f"A column of values at the points has shape {given}, which does not fit u of shape {u.shape}")
-    return column
+    return values
 
 
 def apply_mask(u: jax.Array, batch: Batch) -> jax.Array:
     """u times batch['mask'] (bool[N] or bool[B, N]): exactly zero outside of the domain and at padded points."""
-    return jnp.where(like(batch["mask"], u), u, 0.0)
+    return jnp.where(like(column("mask")(batch), u), u, 0.0)
 
 
 def standardised(mean: Column | jax.Array | None = None, std: Column | jax.Array | None = None) -> Transform:
@@ -66,8 +76,8 @@ def standardised(mean: Column | jax.Array | None = None, std: Column | jax.Array
     Returns:
       The transform.
     """
-    mean = operator.itemgetter("output_mean") if mean is None else mean
-    std = operator.itemgetter("output_std") if std is None else std
+    mean = column("output_mean") if mean is None else mean
+    std = column("output_std") if std is None else std
 
     def transform(u, batch):
         m, s = (value(batch) if callable(value) else value for value in (mean, std))
@@ -87,7 +97,7 @@ def hard_boundary(distance: Column | None = None, value: Column | None = None) -
     Returns:
       The transform.
     """
-    distance = operator.itemgetter("distance") if distance is None else distance
+    distance = column("distance") if distance is None else distance
 
     def transform(u, batch):
         u = like(distance(batch), u) * u

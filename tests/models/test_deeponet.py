@@ -217,7 +217,7 @@ def test_dropout_draws_in_training():
 def test_transforms_standardise_then_meet_the_boundary_then_mask():
     transforms = (standardised(np.full(N, 7.0, np.float32), np.full(N, 2.0, np.float32)), hard_boundary(), apply_mask)
     model, plain = build(transforms=transforms), build()
-    params = random_params(model, BATCH)
+    params = random_params(plain, BATCH)
     distance = jnp.asarray([0.0, 0.1, 0.2, 0.3, 0.4, 0.0])
     mask = jnp.asarray(RNG.random((B, N)) < 0.7)
     u = apply(model, params, {**BATCH, "distance": distance, "mask": mask})

@@ -99,11 +99,16 @@ def test_networks_run_on_the_axes_only():
         (lambda: SeparableTrunk((net(4),), 0), "rank must be >= 1, got 0"),
         (lambda: run(SeparableTrunk((net(4),), 3), 1), "Net 0 must end in a multiple of rank=3, got 4"),
         (lambda: run(SeparableTrunk((net(4),), 2), 2), "nets for 1 coordinates, got 2"),
+        (lambda: on_axes(SeparableDeepONet(net(4), SeparableTrunk((net(4),), 2))), "got 4 and 2 . 2"),
     ],
 )
 def test_wrong_arguments(act, words):
     with pytest.raises(ValueError, match=words):
         act()
+
+
+def on_axes(model):
+    return jax.eval_shape(model.init, jax.random.key(0), {"inputs": INPUTS, "axes": (jnp.zeros(3),)})
 
 
 def run(trunk, dimensions):

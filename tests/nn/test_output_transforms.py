@@ -55,6 +55,12 @@ def test_mask_is_exactly_zero_outside_and_blocks_gradients():
     assert apply_mask(U3, batch).shape == U3.shape
 
 
+def test_a_missing_column_is_named():
+    for transform, name in ((apply_mask, "mask"), (hard_boundary(), "distance"), (standardised(), "output_mean")):
+        with pytest.raises(ValueError, match=f"reads batch.'{name}'., but the batch has points, inputs"):
+            transform(U, {"points": 0, "inputs": 1})
+
+
 def test_order_matters_and_is_kept():
     batch = {"mask": jnp.array([True, False, True, True])}
     masked_last = apply_transforms(U, batch, [standardised(MEAN, STD), apply_mask])

@@ -32,6 +32,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -92,8 +93,8 @@ def solve(
 
     >>> grid = discretize(named("disk"), 17)
     >>> u = solve(np.ones((1, 17, 17)), grid).values  # exact: (1/4 - r^2) / 4
-    >>> round(float(u[0, 8, 8]), 4)
-    0.0625
+    >>> bool(abs(u[0, 8, 8] - 1 / 16) < 2e-4)
+    True
     """
     permeability = np.asarray(permeability)
     refinement = _check(permeability, grid)
@@ -106,10 +107,17 @@ def solve(
     # A chunk is filled up with copies of the last field, so that few programs are compiled.
     chunk = min(chunk, 1 << (count - 1).bit_length())
     filled = np.concatenate([permeability, np.repeat(permeability[-1:], -count % chunk, axis=0)]).astype(dtype)
-    parts = [
-        _solve_chunk(filled[start : start + chunk], jnp.asarray(grid.mask), *domain, dtype(tolerance), **static)
-        for start in range(0, count, chunk)
-    ]
+    mask, wide = jnp.asarray(grid.mask), jax.config.jax_enable_x64
+
+    def run(start: int) -> list[np.ndarray]:
+        with jax.enable_x64(wide):  # a thread does not inherit it
+            solved = _solve_chunk(filled[start : start + chunk], mask, *domain, dtype(tolerance), **static)
+            return [np.asarray(part) for part in solved]
+
+    # A chunk is too small for XLA to share among cores, so each core takes chunks; the first one compiles.
+    parts = [run(0)]
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts += pool.map(run, range(chunk, count, chunk))
     u, residual = (np.concatenate([part[index] for part in parts])[:count] for index in (0, 2))
     iterations = np.array([part[1] for part in parts])
     if not (residual <= tolerance).all():
