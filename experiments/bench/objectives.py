@@ -65,8 +65,10 @@ try:
 except ImportError as error:
     theirs, MISSING = None, str(error)
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "objectives.json"
-TABLE = pathlib.Path(__file__).parent / "OBJECTIVES_COST.md"
+# One pair of files for each kind of device.
+KIND = "" if jax.default_backend() == "cpu" else f"_{jax.default_backend()}"
+RESULTS = pathlib.Path(__file__).parent / "results" / f"objectives{KIND}.json"
+TABLE = pathlib.Path(__file__).parent / f"OBJECTIVES_COST{KIND.upper()}.md"
 
 # Methods of the side-by-side sections, as far as `METHODS` has them: those with a counterpart.
 BESIDE = ("UW", "MGDA", "PCGrad", "GradVac", "CAGrad", "IMTL-G", "Nash-MTL", "FairGrad", "Aligned-MTL", "UPGrad")
@@ -197,7 +199,7 @@ def _cell(network: Network, num_params: float) -> dict:
 def _theirs(network: Network, losses: jax.Array) -> tuple[Any, dict]:
     """TorchJD's side at its fastest route, after checking that it is the same network."""
     side = theirs.Side(network)
-    np.testing.assert_allclose(side.losses().detach().numpy(), losses, rtol=1e-3)
+    np.testing.assert_allclose(side.losses().detach().cpu().numpy(), losses, rtol=1e-3)
     return side, side.choose_route(seconds=1.0)
 
 
@@ -372,6 +374,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two turns, no file")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
     parser.add_argument("--methods", nargs="+", help="names of experiments/objectives/methods.py; default: all")
+    parser.add_argument("--tasks", type=int, nargs="+", help="numbers of tasks of the sections with cells")
+    parser.add_argument("--params", type=float, nargs="+", help="numbers of parameters of the sections with cells")
     parser.add_argument("--threads", type=int, help="cores of both sides; default: all that the process may use")
     parser.add_argument("--turns", type=int, help="turns of each function")
     parser.add_argument("--render", action="store_true", help="only write the table of the results that there are")
@@ -394,6 +398,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     sizes = type("Chosen", (Quick if args.quick else Sizes,), {})
     sizes.turns = args.turns or sizes.turns
     sizes.names = args.methods or sizes.names
+    sizes.tasks, sizes.params = args.tasks or sizes.tasks, args.params or sizes.params
     content = {"benchmark": "objectives", "sections": {}}
     if not args.quick and RESULTS.exists():
         content = json.loads(RESULTS.read_text())
@@ -414,4 +419,5 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_default_matmul_precision", "float32")  # as on a CPU; a GPU would take fewer bits
     main()

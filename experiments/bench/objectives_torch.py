@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 from objectives_measure import LEARNING_RATE, Network, Timed
@@ -63,11 +64,27 @@ def is_gramian(aggregator: aggregation.Aggregator) -> bool:
     return isinstance(aggregator, aggregation.GramianWeightedAggregator)
 
 
+# The device that JAX runs on.
+DEVICE = "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array).to(DEVICE)
+
+
+def wait() -> None:
+    """Until the device is done."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
 def timed(name: str, function: Callable[[], Any]) -> Timed:
     def run(steps: int) -> float:
+        wait()
         began = time.perf_counter()
         for _ in range(steps):
             function()
+        wait()
         return time.perf_counter() - began
 
     return Timed(name, run)
@@ -86,12 +103,12 @@ class Side:
         for layer in network.params:
             linear = nn.Linear(*layer["w"].shape)
             with torch.no_grad():
-                linear.weight.copy_(torch.from_numpy(layer["w"].T.copy()))
-                linear.bias.copy_(torch.from_numpy(layer["b"]))
+                linear.weight.copy_(tensor(layer["w"].T.copy()))
+                linear.bias.copy_(tensor(layer["b"]))
             layers += [linear, nn.ReLU()]
         self.network = network
-        self.net = nn.Sequential(*layers[:-1])
-        self.x, self.y = torch.from_numpy(network.x), torch.from_numpy(network.y)
+        self.net = nn.Sequential(*layers[:-1]).to(DEVICE)
+        self.x, self.y = tensor(network.x), tensor(network.y)
         self.params = list(self.net.parameters())
         self.optimizer = torch.optim.Adam(self.params, lr=LEARNING_RATE, fused=True)
         self.chunk_size: int | None = None
@@ -152,7 +169,7 @@ class Side:
 
     def uncertainty_step(self) -> Callable[[], None]:
         """Uncertainty weighting: the step as a function, with its learned variances and their optimiser."""
-        scalarizer = scalarization.UW(self.network.num_tasks)
+        scalarizer = scalarization.UW(self.network.num_tasks).to(DEVICE)
         optimizer = torch.optim.Adam(scalarizer.parameters(), lr=1e-3, fused=True)
 
         def step():
@@ -179,8 +196,10 @@ def _fastest(function: Callable[[], None], seconds: float) -> float:
     """The shortest of a few runs, in seconds."""
     times = []
     while len(times) < 2 or (len(times) < 6 and sum(times) < seconds):
+        wait()
         began = time.perf_counter()
         function()
+        wait()
         times.append(time.perf_counter() - began)
     return min(times)
 
@@ -211,7 +230,7 @@ def dense_pcgrad(rows: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 def timed_weighting(name: str, aggregator: aggregation.GramianWeightedAggregator, gradients: np.ndarray) -> Timed:
     """Gramian -> weights."""
-    rows = torch.from_numpy(gradients)
+    rows = tensor(gradients)
     gram = rows @ rows.T
     return timed(name, lambda: aggregator.gramian_weighting(gram))
 
@@ -229,4 +248,6 @@ def setup(threads: int) -> dict[str, str]:
     """Threads of PyTorch; returns the versions."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    # Full float32 products on both sides (see `objectives.main`).
+    torch.backends.cuda.matmul.allow_tf32 = False
     return {"torch": torch.__version__, "torchjd": importlib.metadata.version("torchjd")}

@@ -68,6 +68,7 @@ class Config:
       methods: multi-objective methods to train the joint network with, beside the sum.
       examples: numbers of examples of an unseen geometry to fine-tune with.
       transfer_steps: updates of fine-tuning, and of training from scratch.
+      tuned_rates: learning rates of fine-tuning.
       data_seed: of the fields.
       seeds: number of seeds.
     """
@@ -81,6 +82,7 @@ class Config:
     methods: tuple[str, ...] = ("uncertainty", "pcgrad", "fairgrad")
     examples: tuple[int, ...] = (5, 20, 50, 100)
     transfer_steps: int = 1000
+    tuned_rates: tuple[float, ...] = (1e-4, 5e-4, 2e-3)
     data_seed: int = 0
     seeds: int = 3
 
@@ -100,8 +102,9 @@ DEMO = dataclasses.replace(
     recipe=Recipe(steps=1200, learning_rates=(5e-3,)),
     arms=ARMS[:6],
     methods=(),
-    examples=(5, 20, 100),
+    examples=(20, 100),
     transfer_steps=300,
+    tuned_rates=(1e-3,),
 )
 SMOKE = Config(
     data=darcy.DarcyConfig(
@@ -121,6 +124,7 @@ SMOKE = Config(
     methods=(),
     examples=(2,),
     transfer_steps=2,
+    tuned_rates=(1e-3,),
     seeds=2,
 )
 PAPER = Config(
@@ -235,7 +239,14 @@ def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
     )
     recipe = dataclasses.replace(config.recipe, steps=config.transfer_steps)
     moved, moved_rows, curves = transfer.move(
-        target, arms[JOINT], recipe, config.examples, range(config.seeds), run / "transfer", resume=resume
+        target,
+        arms[JOINT],
+        recipe,
+        config.examples,
+        range(config.seeds),
+        run / "transfer",
+        tuned=config.tuned_rates,
+        resume=resume,
     )
 
     nothing = training.mean_field_error(tasks, data["train"], data["test"], mask=domain.mask)

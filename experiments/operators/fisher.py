@@ -66,6 +66,7 @@ class Config:
       methods: multi-objective methods to train the joint network with, beside the sum.
       examples: numbers of examples of an unseen form to fine-tune with.
       transfer_steps: updates of fine-tuning, and of training from scratch.
+      tuned_rates: learning rates of fine-tuning.
       data_seed: of the data.
       seeds: number of seeds.
     """
@@ -80,6 +81,7 @@ class Config:
     methods: tuple[str, ...] = ()
     examples: tuple[int, ...] = (5, 20, 50, 100)
     transfer_steps: int = 1000
+    tuned_rates: tuple[float, ...] = (1e-4, 5e-4, 2e-3)
     data_seed: int = 0
     seeds: int = 3
 
@@ -98,10 +100,16 @@ SMOKE = Config(
     arms=(JOINT, SEPARATE, ZEROED),
     examples=(2,),
     transfer_steps=2,
+    tuned_rates=(1e-3,),
     seeds=2,
 )
 DEMO = dataclasses.replace(
-    STUDY, recipe=dataclasses.replace(RECIPE, steps=1500), methods=(), examples=(5, 20, 100), transfer_steps=400
+    STUDY,
+    recipe=dataclasses.replace(RECIPE, steps=1500),
+    methods=(),
+    examples=(20, 100),
+    transfer_steps=400,
+    tuned_rates=(5e-4,),
 )
 PAPER = Config(
     train_per_form=1000,
@@ -201,7 +209,8 @@ def study_transfer(config: Config, joint: Arm, run: pathlib.Path, resume: bool):
         options={"loss": config.recipe.loss, "points_per_step": config.recipe.points_per_step},
     )
     recipe = dataclasses.replace(config.recipe, steps=config.transfer_steps)
-    return transfer.move(target, joint, recipe, config.examples, range(config.seeds), run / "transfer", resume=resume)
+    how = {"tuned": config.tuned_rates, "resume": resume}
+    return transfer.move(target, joint, recipe, config.examples, range(config.seeds), run / "transfer", **how)
 
 
 def draw(

@@ -61,8 +61,8 @@ def move(
     seeds: Sequence[int],
     directory: pathlib.Path,
     *,
+    tuned: Sequence[float],
     resume: bool,
-    tuned: Sequence[float] = (1e-4, 5e-4, 2e-3),
     subset: Callable[[Any], Any] = mt_deeponet_training.transfer_labels,
 ) -> tuple[list[report.Finding], list[report.Row], dict[str, Any]]:
     """Zero-shot error, and errors with m examples of each target in three ways, all targets with networks of their own.
@@ -74,8 +74,8 @@ def move(
       examples: numbers m.
       seeds: the seeds.
       directory: for checkpoints.
-      resume: go on from them.
       tuned: learning rates of fine-tuning.
+      resume: go on from them.
       subset: parameters -> labels 'train' and 'freeze' of the published subset.
 
     Returns:
