@@ -231,8 +231,8 @@ def _row(model: str, task: str, metric: str, mean: float, se: float, n: int, bas
 def provenance(*, outputs: Sequence[str | os.PathLike] = ()) -> dict[str, Any]:
     """Command, commit, dirty, device and versions; call it when the run starts, before it writes anything.
 
-    A copy of the files outside of a repository can be told which commit it is of, by MTJAX_COMMIT; whether it differs
-    from that commit is then not known.
+    A copy of the files that is not in their own repository can be told which commit it is of, by MTJAX_COMMIT; whether
+    it differs from that commit is then not known.
 
     Args:
       outputs: files or folders that the experiment itself writes; that they differ does not make the tree dirty.
@@ -240,10 +240,11 @@ def provenance(*, outputs: Sequence[str | os.PathLike] = ()) -> dict[str, Any]:
     Returns:
       Those fields of a `Report`.
     """
-    commit, dirty = git_state(Path(__file__).resolve(), outputs=outputs)
+    told = os.environ.get("MTJAX_COMMIT")
+    commit, dirty = (told, None) if told else git_state(Path(__file__).resolve(), outputs=outputs)
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": commit or os.environ.get("MTJAX_COMMIT"),
+        "commit": commit,
         "dirty": dirty,
         "device": _device(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},

@@ -266,3 +266,9 @@ def test_print_report_fits_a_narrow_terminal(tmp_path: Path):
 def test_print_report_to_a_pipe(capsys: pytest.CaptureFixture):
     tables.print_report(make_report())
     assert "0.7100 ± 0.0058" in capsys.readouterr().out
+
+
+def test_a_copy_can_be_told_its_commit(monkeypatch):
+    monkeypatch.setenv("MTJAX_COMMIT", "abc123")
+    told = reports.provenance()
+    assert (told["commit"], told["dirty"]) == ("abc123", None)
