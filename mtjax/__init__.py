@@ -6,7 +6,7 @@ through per-task gradients, those through a multi-objective transform, and its d
     losses, jacobian = mtjax.value_and_jacobian(loss_fn)(params, batch)
     updates, state = optax.chain(mtjax.optim.pcgrad(), optax.adamw(1e-3)).update(jacobian, state, params)
 
-Rooms: `tasks`, `losses`, `metrics`, `delta`, `gradients`, `optim`, `nn`, `models`, `data`, `train`, `plots`.
+Rooms: `tasks`, `losses`, `metrics`, `delta`, `gradients`, `optim`, `nn`, `models`, `physics`, `data`, `train`, `plots`.
 """
 
 from mtjax import _compat
