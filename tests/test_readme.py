@@ -8,6 +8,7 @@ import tomllib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import mtjax
@@ -98,3 +99,12 @@ def test_functions_of_the_text_exist(name):
     import mtjax
 
     assert name in mtjax.__all__
+
+
+def test_a_geometry_of_your_own_becomes_data():
+    names = {}
+    exec(compile(blocks("python")[2], "README.md", "exec"), names)
+    train = names["data"]["train"]
+    assert train["values"].shape == (200, 1024) and (train["values"][train["mask"]] > 0).all()
+    # The blob is an ellipse with half axes 0.4 and 0.2, a quarter of the square's area.
+    assert train["mask"][train["task"] == 1].mean() == pytest.approx(np.pi * 0.4 * 0.2, rel=0.05)
