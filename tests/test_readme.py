@@ -106,5 +106,5 @@ def test_a_geometry_of_your_own_becomes_data():
     exec(compile(blocks("python")[2], "README.md", "exec"), names)
     train = names["data"]["train"]
     assert train["values"].shape == (200, 1024) and (train["values"][train["mask"]] > 0).all()
-    # The blob is an ellipse with half axes 0.4 and 0.2, a quarter of the square's area.
-    assert train["mask"][train["task"] == 1].mean() == pytest.approx(np.pi * 0.4 * 0.2, rel=0.05)
+    # An ellipse with half axes 0.4 and 0.2; 32 nodes are 31 spacings.
+    assert train["mask"][train["task"] == 1].mean() == pytest.approx(np.pi * 0.4 * 0.2 * (31 / 32) ** 2, rel=0.05)
