@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 import mtjax
+from mtjax.models.mt_deeponet_training import small_optimizer
 from mtjax.optim.base import Method
 from mtjax.train import Problem, TrainConfig, fit_problem, report
 from mtjax.train.compare import mean_and_se, verdict
@@ -62,8 +63,8 @@ class Recipe:
 
     def optimizer(self, steps: int) -> OptimizerFactory:
         """`learning_rate -> Adam` whose rate ends at zero after that many steps."""
-        shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, round(self.warmup * steps)), max(2, steps))
-        return lambda rate: optax.adam(lambda count: rate * shape(count))
+        warmup = min(max(1, round(self.warmup * steps)), steps - 1)
+        return lambda rate: small_optimizer(steps, rate, warmup)
 
     def budget(self, rows: int) -> tuple[TrainConfig, int]:
         """Configuration of the loop for a lane with that many rows, and its number of steps (whole epochs)."""

@@ -119,7 +119,7 @@ def heat3d_optimizer(switch: int = 15_001) -> optax.GradientTransformation:
     return switch_at(switch, adam, lion)
 
 
-def small_optimizer(steps: int, learning_rate: float = 5e-3, warmup: int = 200) -> optax.GradientTransformation:
+def small_optimizer(steps: int, learning_rate: float | jax.Array = 5e-3, warmup: int = 200) -> optax.GradientTransformation:
     """Adam with a linear warm-up and a cosine to zero, for `small_deeponet` (3,000 steps of 64 functions).
 
     Raises:
@@ -127,7 +127,8 @@ def small_optimizer(steps: int, learning_rate: float = 5e-3, warmup: int = 200) 
     """
     if steps <= warmup:
         raise ValueError(f"steps must exceed the warm-up of {warmup} steps, got {steps}")
-    return optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps))
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, steps)
+    return optax.adam(lambda count: learning_rate * shape(count))  # the rate may be traced: one per lane of a fit
 
 
 def keras_piecewise(boundaries: Sequence[int], values: Sequence[float]) -> Callable:
