@@ -119,7 +119,9 @@ def heat3d_optimizer(switch: int = 15_001) -> optax.GradientTransformation:
     return switch_at(switch, adam, lion)
 
 
-def small_optimizer(steps: int, learning_rate: float | jax.Array = 5e-3, warmup: int = 200) -> optax.GradientTransformation:
+def small_optimizer(
+    steps: int, learning_rate: float | jax.Array = 5e-3, warmup: int = 200
+) -> optax.GradientTransformation:
     """Adam with a linear warm-up and a cosine to zero, for `small_deeponet` (3,000 steps of 64 functions).
 
     Raises:
