@@ -1,7 +1,7 @@
 """Models, one file per published architecture: Linen modules `(batch, *, task=None, train=False) -> outputs`."""
 
 from mtjax.models.aitm import AITM, calibrator
-from mtjax.models.deeponet import DeepONet
+from mtjax.models.deeponet import DeepONet, predict_at
 from mtjax.models.esmm import ESMM
 from mtjax.models.fno import FNO
 from mtjax.models.ft_transformer import FTTransformer, single_task_ft_transformer
@@ -43,6 +43,7 @@ __all__ = [
     "omoe",
     "ple",
     "pod_basis",
+    "predict_at",
     "shared_bottom",
     "single_task",
     "single_task_ft_transformer",

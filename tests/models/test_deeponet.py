@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mtjax
-from mtjax.models.deeponet import STRATEGIES, DeepONet, merge
+from mtjax.models.deeponet import STRATEGIES, DeepONet, merge, predict_at
 from mtjax.nn.operator_layers import MLP, StackedBranch
 from mtjax.nn.output_transforms import apply_mask, hard_boundary, standardised
 
@@ -255,3 +255,17 @@ def test_merge_broadcasts_the_output_axis():
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize(("strategy", "chunk_size"), [(None, 4), ("split_trunk", 3), (None, 100)])
+def test_chunks_of_points_change_nothing(strategy, chunk_size):
+    """Also where the last chunk is short (6 points by 4), with columns f[N] and f[B, N]."""
+    model = build(strategy, transforms=(hard_boundary(), apply_mask))
+    batch = BATCH | {"distance": jnp.arange(N, dtype=jnp.float32), "mask": jnp.asarray(RNG.random((B, N)) < 0.5)}
+    params = random_params(model, batch)
+    ours = quick_jit(lambda p, b: predict_at(model, p, b, chunk_size=chunk_size)["u"])(params, batch)
+    np.testing.assert_allclose(ours, apply(model, params, batch), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="points f"):
+        predict_at(model, params, batch | {"points": OWN_POINTS})
+    with pytest.raises(ValueError, match="must have an axis of 6 points"):
+        predict_at(model, params, batch | {"mask": jnp.ones((B, 5), bool)})
