@@ -21,9 +21,19 @@ In the unit coordinates tau = t / T and xi = x / L the losses are, for one DeepO
 
 "Plain sum" depends on units: in t and x the first would be T^2 = 16 times smaller, which is an initial condition that
 weighs 16 times as much (to Adam, a common factor is none). The unit coordinates are what the network reads.
+
+The NTK's weights are published with the mean of its diagonal, which takes gradients of single errors: `on_residuals`
+estimates it from random combinations of them. `ntk_balance` on gradients of losses sees the kernel in the direction of
+the errors instead. What is left of a loss lies where the kernel is weak, so that the loss which is trained best looks
+slow and can be given more weight. GradNorm goes by losses relative to the first: that of a network which is nearly
+constant, and so nearly solves the equation, which then seems to lag.
+
+All arms have the same steps and candidates of the learning rate, chosen on validation functions with solutions. (At
+twice the larger rate the residual diverges.)
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -49,25 +59,31 @@ from mtjax.data.pde import fisher
 from mtjax.models.deeponet import DeepONet
 from mtjax.nn.embeddings import PeriodicEmbedding
 from mtjax.nn.operator_layers import MLP
+from mtjax.optim import base as optim_base
 from mtjax.optim.base import Method
 from mtjax.train import Problem, report
-from mtjax.train.fields import Domain, field_problem, make_field_evaluate, predict_fields
+from mtjax.train.fields import Domain, field_problem, make_field_evaluate
 
 PyTree = Any
 SYSTEM = "operators_physics"
 FIXED_WEIGHT = 20.0
 SUM, FIXED = "sum", f"initial x {FIXED_WEIGHT:g}"
-# The balances smooth their weights and renew them each time a hundredth of the steps is done, as published.
+NTK, EQUAL_NORMS = "ntk_balance, diagonal", "gradnorm, alpha 0"
+# Balances renew their weights after each hundredth of the steps; in jaxpi after 1,000 of 100,000 or more.
 METHODS: dict[str, Callable[[int, int], Method]] = {  # name -> (number of losses, steps) -> method
     SUM: lambda num, steps: optim.linear("sum"),
     FIXED: lambda num, steps: optim.linear([1.0, *[FIXED_WEIGHT] * (num - 1)]),
+    NTK: lambda num, steps: optim.ntk_balance("residuals", every=max(1, steps // 100)),  # with rows of `on_residuals`
     "ntk_balance": lambda num, steps: optim.ntk_balance(every=max(1, steps // 100)),
     "norm_balance": lambda num, steps: optim.norm_balance(every=max(1, steps // 100)),
     "gradnorm": lambda num, steps: optim.gradnorm(),
+    EQUAL_NORMS: lambda num, steps: optim.gradnorm(0.0),
     "uncertainty": lambda num, steps: optim.uncertainty(),
     "pcgrad": lambda num, steps: optim.pcgrad(),
     "fairgrad": lambda num, steps: optim.fairgrad(1.0),
 }
+PROBED = (8, 32)
+"""Functions of a batch, and random points, by which the kernel's diagonal is estimated."""
 DATA_ALONE, WITH_DATA = "data alone", "data and equation"
 WORST = "worst form"
 
@@ -81,7 +97,9 @@ class Config:
       train_per_form: functions of which the inputs are known; those of the labelled ones, the first, the fields too.
       labelled_per_form: functions with fields, for the arms with data; 0: no such arms.
       validation_per_form, test_per_form: functions.
-      network: 'small' (GELU, several harmonics) or 'published' (tanh, five layers of 50, the first harmonic).
+      branch, trunk: widths; the last is the number of basis functions.
+      harmonics: of x, before the trunk.
+      activation: of both.
       recipe: how every arm is trained; `points_per_step` collocation points, and as many of the labelled fields.
       methods: how to weigh residual and initial condition, of `METHODS`.
       with_data: how to weigh them and the data.
@@ -94,16 +112,21 @@ class Config:
     labelled_per_form: int = 10
     validation_per_form: int = 50
     test_per_form: int = 100
-    network: Literal["small", "published"] = "small"
-    recipe: Recipe = Recipe(steps=2000, points_per_step=128, learning_rates=(2e-3, 5e-3), loss="mse")  # noqa: RUF009
-    methods: tuple[str, ...] = (SUM, FIXED, "ntk_balance", "norm_balance", "gradnorm", "uncertainty", "pcgrad")
-    with_data: str = FIXED
+    branch: tuple[int, ...] = (128, 128, 64)
+    trunk: tuple[int, ...] = (64, 64, 64)
+    harmonics: int = 6
+    activation: Literal["gelu", "tanh"] = "gelu"
+    recipe: Recipe = Recipe(steps=1600, points_per_step=128, learning_rates=(2e-3, 5e-3), loss="mse")  # noqa: RUF009
+    methods: tuple[str, ...] = tuple(name for name in METHODS if name != "fairgrad")
+    with_data: str = "norm_balance"
     data_seed: int = 0
     seeds: int = 3
 
     def __post_init__(self):
         training.check_names("methods", self.methods, METHODS, required=(SUM,))
         training.check_names("with_data", (self.with_data,), METHODS)
+        if self.recipe.points_per_step is None:
+            raise ValueError("recipe.points_per_step must be a number: collocation points are drawn, there is no 'all'")
         if not 0 <= self.labelled_per_form <= self.train_per_form:
             raise ValueError(
                 f"labelled_per_form must be 0 to train_per_form={self.train_per_form}, got {self.labelled_per_form}"
@@ -117,20 +140,27 @@ SMOKE = Config(
     labelled_per_form=2,
     validation_per_form=2,
     test_per_form=2,
+    branch=(4,),
+    trunk=(4, 4),
+    activation="tanh",
     recipe=Recipe(steps=4, batch_size=6, points_per_step=8, learning_rates=(5e-3,), loss="mse"),
-    methods=(SUM, FIXED, "ntk_balance"),
+    methods=(SUM,),
+    with_data=NTK,
     seeds=2,
 )
 DEMO = dataclasses.replace(
     STUDY,
     recipe=dataclasses.replace(STUDY.recipe, steps=1200, learning_rates=(5e-3,)),
-    methods=(SUM, FIXED, "ntk_balance", "norm_balance"),
+    methods=(SUM, FIXED, NTK, "norm_balance"),
 )
 PAPER = Config(
     train_per_form=5000,
     validation_per_form=200,
     test_per_form=1000,
-    network="published",
+    branch=(50,) * 5,
+    trunk=(50,) * 5,
+    harmonics=1,
+    activation="tanh",
     recipe=Recipe(steps=120_000, batch_size=100, points_per_step=100, learning_rates=(1e-3,), loss="mse"),
     methods=tuple(METHODS),
 )
@@ -142,11 +172,9 @@ PRESETS = {"smoke": SMOKE, "demo": DEMO, "study": STUDY, "paper": PAPER}
 
 def network(config: Config) -> DeepONet:
     """Branch: code and initial field; trunk: t as it is, x by its harmonics, so that every field has the period 1."""
-    if config.network == "published":
-        widths = (50,) * 5
-        return DeepONet(MLP(widths, nn.tanh), MLP(widths, nn.tanh, embed=PeriodicEmbedding((None, 1.0))))
-    trunk = MLP((64, 64, 64), embed=PeriodicEmbedding((None, 1.0), harmonics=6))
-    return DeepONet(MLP((128, 128, 64)), trunk)
+    activation = {"gelu": nn.gelu, "tanh": nn.tanh}[config.activation]
+    periodic = PeriodicEmbedding((None, 1.0), config.harmonics)
+    return DeepONet(MLP(config.branch, activation), MLP(config.trunk, activation, embed=periodic))
 
 
 def equation(config: fisher.FisherConfig) -> physics.Residual:
@@ -178,69 +206,110 @@ def rows_of(config: fisher.FisherConfig, split: Mapping[str, Any], *, labelled: 
     return rows | ({"values": split["values"]} if labelled else {})
 
 
-def loss_function(
-    model: Any, config: fisher.FisherConfig, num_points: int, labelled: Mapping[str, Any] | None = None
-) -> Callable:
+@dataclasses.dataclass(frozen=True)
+class Losses:
     """The losses of the equation, and of data where there are labelled functions.
 
-    Args:
+    Attributes:
       model: the operator network.
       config: of the equation.
       num_points: random points per step, the same for all functions: f[N, 2] in the unit square, and of the grid of
         the labelled fields.
       labelled: rows with 'values'; all of them are in every step.
-
-    Returns:
-      `loss_fn(params, rows, rng) -> {'residual', 'initial' (, 'data')}`.
     """
-    losses = physics.physics_losses(lambda params, batch: model.apply({"params": params}, batch), equation(config))
-    grid = config.points()
-    at_start = grid[: config.num_nodes]
 
-    def loss_fn(params, rows, rng):
+    model: Any
+    config: fisher.FisherConfig
+    num_points: int
+    labelled: Mapping[str, Any] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("residual", "initial", *(() if self.labelled is None else ("data",)))
+
+    def __call__(self, params: PyTree, rows: Mapping[str, jax.Array], rng: jax.Array) -> dict[str, jax.Array]:
+        """Mean squares of the errors."""
+        return physics.physics_losses(self._apply, equation(self.config))(params, self._batch(rows, rng))
+
+    def residuals(self, params: PyTree, rows: Mapping[str, jax.Array], rng: jax.Array) -> dict[str, jax.Array]:
+        r"""One random combination of the errors r_i of each loss, sum_i v_i r_i / sqrt(n), with signs v_i.
+
+        The square of its gradient has the expectation (1 / n) sum_i |grad r_i|^2, the mean of the NTK's diagonal. Of
+        a few functions and points: they stand for all.
+        """
+        key_batch, key_signs = jax.random.split(rng)
+        few = {name: column[: PROBED[0]] for name, column in rows.items()}
+        batch = dataclasses.replace(self, num_points=min(self.num_points, PROBED[1]))._batch(few, key_batch)
+        sums = {}
+        for name, key in zip(self.names, jax.random.split(key_signs, 3), strict=False):
+            part = batch[name]
+            u = physics.field_of(self._apply, params, {"inputs": batch["inputs"], **part})
+            error = equation(self.config)(u, part) if name == "residual" else u(part["points"]) - part["values"]
+            sums[name] = jnp.sum(jax.random.rademacher(key, error.shape, error.dtype) * error) / error.size**0.5
+        return sums
+
+    def _apply(self, params, batch):
+        return self.model.apply({"params": params}, batch)
+
+    def _batch(self, rows, rng):
         key_inside, key_grid = jax.random.split(rng)
+        grid = jnp.asarray(self.config.points())
         source = {name: rows[name] for name in ("coefficients", "damping")}
         batch = {
             "inputs": rows["inputs"],
-            "residual": {"points": jax.random.uniform(key_inside, (num_points, 2)), **source},
-            "initial": {"points": jnp.asarray(at_start), "values": rows["initial"]},
+            "residual": {"points": jax.random.uniform(key_inside, (self.num_points, 2)), **source},
+            "initial": {"points": grid[: self.config.num_nodes], "values": rows["initial"]},
         }
-        if labelled is not None:
-            where = jax.random.randint(key_grid, (num_points,), 0, len(grid))
+        if self.labelled is not None:
+            where = jax.random.randint(key_grid, (self.num_points,), 0, len(grid))
             batch["data"] = {
-                "inputs": jnp.asarray(labelled["inputs"]),  # other functions than those of the other parts
-                "points": jnp.asarray(grid)[where],
-                "values": jnp.asarray(labelled["values"])[:, where],
+                "inputs": jnp.asarray(self.labelled["inputs"]),  # other functions than those of the other parts
+                "points": grid[where],
+                "values": jnp.asarray(self.labelled["values"])[:, where],
             }
-        return losses(params, batch)
+        return batch
 
-    return loss_fn
+
+def on_residuals(method: Method, losses: Losses) -> Method:
+    """A weighting whose Gramian is that of `Losses.residuals`; the weights are still those of the losses."""
+
+    def route(loss_fn, method, *, has_aux, chunk_size):
+        del has_aux
+        rows_fn = mtjax.value_and_jacobian(losses.residuals, chunk_size=chunk_size)
+
+        def update(params, state, batch, rng):
+            values, pullback = jax.vjp(lambda params: mtjax.gradients.stack_losses(loss_fn(params, batch, rng)), params)
+            # In every step, though it is not always looked at: over lanes a condition computes both sides anyway.
+            gramian = mtjax.gradients.gramian(rows_fn(params, batch, rng)[1])
+            state = optim_base.weigh(method.weighting, gramian, values, state)
+            return values, pullback(state.weights)[0], state
+
+        return update
+
+    return method.rerouted(route)
+
+
+def method_of(name: str, losses: Losses, steps: int) -> Method:
+    """The method of that name for these losses."""
+    method = METHODS[name](len(losses.names), steps)
+    return on_residuals(method, losses) if name == NTK else method
 
 
 def physics_problem(
-    config: Config,
-    tasks: Sequence[mtjax.Task],
-    train: Mapping[str, Any],
-    validation: Mapping[str, Any],
-    labelled: Mapping[str, Any] | None = None,
+    losses: Losses, tasks: Sequence[mtjax.Task], train: Mapping[str, Any], validation: Mapping[str, Any]
 ) -> Problem:
     """What `fit_problem` trains: the losses of the equation; evaluated as fields, form by form."""
-    model, domain = network(config), Domain(config.data.points())
+    model, domain = losses.model, Domain(losses.config.points())
 
     def init_params(key):
-        return model.init(key, {"inputs": jnp.asarray(train["inputs"][:2]), "points": jnp.asarray(domain.points)})[
-            "params"
-        ]
+        batch = {"inputs": jnp.asarray(train["inputs"][:2]), "points": jnp.asarray(domain.points)}
+        return model.init(key, batch)["params"]
 
-    return Problem(
-        tasks,
-        train,
-        validation,
-        loss_function(model, config.data, config.recipe.points_per_step, labelled),
-        init_params,
-        lambda per_task: make_field_evaluate(model, tasks, domain, per_task=per_task),
-        losses=("residual", "initial", *([] if labelled is None else ["data"])),
-    )
+    @functools.cache  # one program for all arms on the problem
+    def evaluator(per_task):
+        return make_field_evaluate(model, tasks, domain, per_task=per_task)
+
+    return Problem(tasks, train, validation, losses, init_params, evaluator, losses.names)
 
 
 # The study.
@@ -261,7 +330,9 @@ def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
     validation, test = (rows_of(config.data, data[name], labelled=True) for name in ("validation", "test"))
     few = first_of_each(rows_of(config.data, data["train"], labelled=True), len(tasks), config.labelled_per_form)
     record = {"config": json.loads(json.dumps(dataclasses.asdict(config)))}
-    steps, arms = config.recipe.budget(len(train["task"]))[1], {}
+    steps = config.recipe.budget(len(train["task"]))[1]
+    losses = Losses(network(config), config.data, config.recipe.points_per_step)
+    arms: dict[str, Arm] = {}
 
     def arm(name, problem, method=None):
         seeds = range(config.seeds)
@@ -270,20 +341,24 @@ def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
         )
         say(arms[name])
 
-    problem = physics_problem(config, tasks, train, validation)
+    problem = physics_problem(losses, tasks, train, validation)
     for name in config.methods:
-        arm(name, problem, METHODS[name](2, steps))
+        arm(name, problem, method_of(name, losses, steps))
     if config.labelled_per_form:
         options = {"loss": "mse", "points_per_step": config.recipe.points_per_step}
-        arm(DATA_ALONE, field_problem(network(config), tasks, Domain(config.data.points()), few, validation, **options))
-        both = physics_problem(config, tasks, train, validation, few)
-        arm(WITH_DATA, both, METHODS[config.with_data](3, steps))
+        alone = field_problem(losses.model, tasks, Domain(config.data.points()), few, validation, **options)
+        all_three = dataclasses.replace(losses, labelled=few)
+        both = physics_problem(all_three, tasks, train, validation)
+        # The model and the rows are the same: one program evaluates all arms.
+        alone, both = (dataclasses.replace(each, evaluator=problem.evaluator) for each in (alone, both))
+        arm(DATA_ALONE, alone)
+        arm(WITH_DATA, both, method_of(config.with_data, all_three, steps))
 
     rows = report.result_rows("mean training field", training.mean_field_error(tasks, data["train"], data["test"]))
     for name, found in arms.items():
         worst = {WORST: {MAIN: np.max([of[MAIN] for of in found.test.values()], axis=0)}}
         rows += report.result_rows(name, {**found.test, **worst}, baseline=SUM, **found.cost())
-    of_test = losses_on(config, problem, arms, test)
+    of_test = losses_on(losses, arms, test)
     return Found(
         (*tasks, mtjax.Task(WORST, "regression")),
         training.findings(claims(config), arms),
@@ -295,30 +370,23 @@ def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
 
 def claims(config: Config) -> list[tuple[str, str, str, dict[str, Any]]]:
     """(claim, arm, other arm, options)."""
+    few = config.labelled_per_form
     return [
         ("a published fixed weight on the initial condition beats the plain sum", FIXED, SUM, {}),
-        ("balancing the neural tangent kernel beats the plain sum", "ntk_balance", SUM, {}),
+        ("balancing the diagonal of the neural tangent kernel beats the plain sum", NTK, SUM, {}),
         ("balancing the norms of the gradients beats the plain sum", "norm_balance", SUM, {}),
-        ("and so does GradNorm", "gradnorm", SUM, {}),
-        (
-            f"the equation beside {config.labelled_per_form} solutions per form beats these solutions alone",
-            WITH_DATA,
-            DATA_ALONE,
-            {},
-        ),
+        ("the kernel in the direction of the errors, which costs no more gradients, will do", "ntk_balance", SUM, {}),
+        ("so will GradNorm", "gradnorm", SUM, {}),
+        ("a conflict-averse method, which knows nothing of equations, beats the plain sum too", "pcgrad", SUM, {}),
+        (f"the equation beside {few} solutions per form beats these solutions alone", WITH_DATA, DATA_ALONE, {}),
+        ("and the equation alone", WITH_DATA, config.with_data, {}),
     ]
 
 
-def losses_on(
-    config: Config, problem: Problem, arms: Mapping[str, Arm], rows: Mapping[str, Any]
-) -> dict[str, dict[str, float]]:
+def losses_on(losses: Losses, arms: Mapping[str, Arm], rows: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Arm -> {'residual', 'initial'}: root mean squares over functions and random points, mean over seeds."""
     rows = {name: jnp.asarray(column) for name, column in rows.items()}
-
-    @jax.jit
-    def measure(params):
-        return jax.vmap(lambda params: problem.loss_fn(params, rows, jax.random.key(0)))(params)
-
+    measure = jax.jit(jax.vmap(lambda params: losses(params, rows, jax.random.key(0))))
     return {
         name: {part: float(np.sqrt(values).mean()) for part, values in measure(arm.params).items()}
         for name, arm in arms.items()
@@ -327,24 +395,24 @@ def losses_on(
 
 def draw(config: Config, test: Mapping[str, Any], arms: Mapping[str, Arm], folder: pathlib.Path) -> list[pathlib.Path]:
     """Truth, prediction and error of one test function per form (the best arm), and the error against time."""
+    model, points = network(config), jnp.asarray(config.data.points())
+    batch = {"inputs": jnp.asarray(test["inputs"]), "points": points}
+    predict = jax.jit(jax.vmap(lambda params: model.apply({"params": params}, batch)["u"]))  # f[S, n, N]
     shape = (config.data.num_times, config.data.num_nodes)
-    model, domain, panels = network(config), Domain(config.data.points()), {}
-    best = min((arm for name, arm in arms.items() if name in METHODS), key=lambda arm: arm.mean().mean())
-    for k, form in enumerate(config.data.forms):
-        first = {key: value[test["task"] == k][:1] for key, value in test.items()}
-        predicted = predict_fields(model, best.of_seed(0, k), domain, first)
-        panels[form.name] = (first["values"].reshape(shape), predicted.reshape(shape))
-    title = f"u(t, x) from the equation alone ({best.name}): the first test function"
-    fields = plots_operators.compare_fields(panels, xlabel="x", ylabel="t", title=title)
     truth = test["values"].reshape(-1, *shape)
-    curves = {}
+    fields, curves = {}, {}
     for name, arm in arms.items():
-        predicted = predict_fields(model, arm.of_seed(0, 0), domain, test).reshape(truth.shape)
-        error = np.linalg.norm(predicted - truth, axis=2) / np.linalg.norm(truth, axis=2)
-        curves[name] = 100 * error.mean(0)
+        fields[name] = np.asarray(predict(arm.params)).reshape(-1, *truth.shape)
+        error = np.linalg.norm(fields[name] - truth[None], axis=3) / np.linalg.norm(truth, axis=2)[None]
+        curves[name] = 100 * error.mean((0, 1))
+    best = min((name for name in arms if name in METHODS), key=lambda name: arms[name].mean().mean())
+    first = [int(np.flatnonzero(test["task"] == k)[0]) for k in range(len(config.data.forms))]
+    panels = {form.name: (truth[i], fields[best][0, i]) for form, i in zip(config.data.forms, first, strict=True)}
+    title = f"u from the equation alone ({best}): the first test function of each form"
+    picture = plots_operators.compare_fields(panels, xlabel="x / L", ylabel="t / T", title=title)
     times = np.linspace(0, config.data.horizon, config.data.num_times)
     return [
-        plots_operators.save_small(fields, folder / "fields.png"),
+        plots_operators.save_small(picture, folder / "fields.png"),
         plots_operators.save_small(error_in_time(times, curves), folder / "time.png"),
     ]
 
@@ -358,6 +426,10 @@ def error_in_time(times: np.ndarray, curves: Mapping[str, np.ndarray]) -> Any:
     for (name, error), style in zip(curves.items(), ("-", "--", ":", "-.") * len(curves), strict=False):
         axes.plot(times, error, style, label=name)
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100) if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("t")
     axes.set_ylabel("relative L2 error at t, %")
     axes.grid(alpha=0.3)

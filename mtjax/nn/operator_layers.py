@@ -15,6 +15,7 @@ Letters: B batch, D input width, p outputs (of a branch or trunk: basis function
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -33,6 +34,27 @@ def rate_of(dropout: float | Sequence[float], layer: int) -> float:
     if isinstance(dropout, Sequence):
         return dropout[layer] if layer < len(dropout) else 0.0
     return dropout
+
+
+class BeforeLast(NamedTuple):
+    """A network without its last map.
+
+    Attributes:
+      hidden: f[..., w], what the last map reads.
+      kernel: f[w, p] of the last map.
+      bias: f[p] of the last map, None if it has none.
+    """
+
+    hidden: jax.Array
+    kernel: jax.Array
+    bias: jax.Array | None
+
+
+def before_last(out: nn.Module, hidden: jax.Array) -> BeforeLast:
+    """The input of a dense map and its parameters, which a call on one row creates at initialisation."""
+    out(hidden.reshape(-1, hidden.shape[-1])[:1])
+    params = out.variables["params"]
+    return BeforeLast(hidden, params["kernel"], params.get("bias"))
 
 
 class FixedNorm(nn.Module):
@@ -82,15 +104,17 @@ class MLP(nn.Module):
     dense: Factory = GlorotDense
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool = False, split: bool = False) -> jax.Array | BeforeLast:
         x = x if self.embed is None else self.embed(x)
         for layer, width in enumerate(self.features[:-1]):
             x = self.dense(width, name=f"dense_{layer}")(x)
             if self.norm is not None:
                 x = self.norm(name=f"norm_{layer}")(x)
             x = nn.Dropout(rate_of(self.dropout, layer), deterministic=not train)(self.activation(x))
-        x = self.dense(self.features[-1], name="out")(x)
-        return x if self.output_activation is None else self.output_activation(x)
+        out = self.dense(self.features[-1], name="out")
+        if split:
+            return before_last(out, x)
+        return out(x) if self.output_activation is None else self.output_activation(out(x))
 
 
 class ModifiedMLP(nn.Module):
@@ -123,15 +147,17 @@ class ModifiedMLP(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool = False, split: bool = False) -> jax.Array | BeforeLast:
         del train
         x = x if self.embed is None else self.embed(x)
         u, v = (self.activation(self.dense(self.features[0], name=name)(x)) for name in ("encoder_u", "encoder_v"))
         for layer, width in enumerate(self.features[:-1]):
             z = self.activation(self.dense(width, name=f"dense_{layer}")(x))
             x = z * u + (1.0 - z) * v
-        x = self.dense(self.features[-1], name="out")(x)
-        return x if self.output_activation is None else self.output_activation(x)
+        out = self.dense(self.features[-1], name="out")
+        if split:
+            return before_last(out, x)
+        return out(x) if self.output_activation is None else self.output_activation(out(x))
 
 
 class ResidualMLP(nn.Module):
@@ -152,7 +178,7 @@ class ResidualMLP(nn.Module):
     dense: Factory = GlorotDense
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool = False, split: bool = False) -> jax.Array | BeforeLast:
         del train
         x = x if self.embed is None else self.embed(x)
         hidden = []
@@ -164,7 +190,8 @@ class ResidualMLP(nn.Module):
             if layer >= 2:
                 x = x + self.dense(width, name=f"proj_{layer}")(hidden[-2])
             hidden.append(x)
-        return self.dense(self.features[-1], name="out")(x)
+        out = self.dense(self.features[-1], name="out")
+        return before_last(out, x) if split else out(x)
 
 
 class StackedBranch(nn.Module):

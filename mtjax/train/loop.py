@@ -269,17 +269,18 @@ def fit_problem(
     evaluate = problem.evaluator(False)
     probe = make_conflict_probe(problem.loss_fn, chunk_size=config.chunk_size) if config.conflict_rows else None
 
-    groups = len(tasks) if per_task else 1
+    names, groups = problem.loss_names, len(tasks) if per_task else 1
     state = create_lanes(
-        problem.init_params, method, optimizer, seeds, rates, num_tasks=len(tasks), num_groups=groups, start=start
+        problem.init_params, method, optimizer, seeds, rates, num_tasks=len(names), num_groups=groups, start=start
     )
-    log = RunLog.empty(len(seeds), len(tasks))
+    log = RunLog.empty(len(seeds), len(names))
     described = {
         "seeds": seeds,
         "learning_rates": rates,
         "tasks": [task.to_json() for task in tasks],
         "rows": [num_rows(data), num_rows(problem.validation)],
         "train": dataclasses.asdict(config),
+        **({} if problem.losses is None else {"losses": list(names)}),
         **dict(record or {}),
     }
     checkpoints = None if directory is None else Checkpoints(directory / "checkpoints")
@@ -333,7 +334,7 @@ def fit_problem(
             open_ = _open(state, config.patience)
             # A method that leaves out bad tasks or steps answers for its losses; parameters must be finite either way.
             checked = losses if getattr(method, "nonfinite", "propagate") == "propagate" else np.zeros_like(losses)
-            _check_finite(checked, np.asarray(finite), open_, tasks, step, lanes, saved_step)
+            _check_finite(checked, np.asarray(finite), open_, names, step, lanes, saved_step)
             step += count
             note = None
             if step == until:
@@ -379,8 +380,8 @@ def _open(state: TrainState, patience: int) -> np.ndarray:
     return np.asarray(state.best.stale) < patience
 
 
-def _check_finite(losses, finite_params, open_, tasks, step, lanes, saved_step) -> None:
-    """Raises for losses f32[L, n, K] of the steps after `step`, or the parameters after them (bool[L]).
+def _check_finite(losses, finite_params, open_, names, step, lanes, saved_step) -> None:
+    """Raises for losses f32[L, n, K], called `names`, of the steps after `step`, or parameters after them (bool[L]).
 
     Lanes that have stopped early go on beside the others, but nothing depends on them any more.
     """
@@ -389,7 +390,7 @@ def _check_finite(losses, finite_params, open_, tasks, step, lanes, saved_step) 
         position = int(np.argmax(bad.any(axis=(0, 2))))
         lane, task = np.argwhere(bad[:, position])[0]
         value = f"{losses[lane, position, task]}"
-        raise NonFiniteLossError(tasks[task].name, step + position, lanes[lane], value, saved_step)
+        raise NonFiniteLossError(names[task], step + position, lanes[lane], value, saved_step)
     bad = ~finite_params & open_.all(axis=1)
     if bad.any():
         raise NonFiniteLossError(None, step + losses.shape[1], lanes[np.argmax(bad)], "NaN or infinite", saved_step)

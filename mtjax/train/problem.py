@@ -24,13 +24,19 @@ class Problem:
     """Data and pure functions; `fit_problem` trains it.
 
     Attributes:
-      tasks: names and metrics, in the order of the losses.
+      tasks: names and metrics of what is evaluated; without `losses`, in the order of the losses.
       train: columns of N rows (a pytree whose leaves have a leading axis N) from which batches are taken.
       validation: rows by which the best parameters are chosen.
       loss_fn: `(params, batch, rng) -> losses` (contract 1).
       init_params: `key -> params` of one lane.
       evaluator: `per_task -> ((params, split) -> {task: {metric: f64[L]}})`; leaves of params have a leading axis L,
         and a second one of K if `per_task`: task k is then evaluated with the k-th set.
+      losses: names of the losses in their order, where they are not one to one with the tasks (the residual and the
+        initial condition of an equation, evaluated on several of its forms): they are what a method weighs. None:
+        those of the tasks.
+
+    Raises:
+      ValueError: if `losses` is empty or names a loss twice.
     """
 
     tasks: Sequence[Task]
@@ -39,6 +45,16 @@ class Problem:
     loss_fn: Callable
     init_params: Callable[[jax.Array], PyTree]
     evaluator: Callable[[bool], Evaluator]
+    losses: Sequence[str] | None = None
+
+    def __post_init__(self):
+        if self.losses is not None and not 0 < len(self.losses) == len(set(self.losses)):
+            raise ValueError(f"losses must be at least one and have different names, got {tuple(self.losses)}")
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """What the losses are called: by their own names, or by the tasks'."""
+        return tuple(task.name for task in self.tasks) if self.losses is None else tuple(self.losses)
 
 
 def num_rows(split: PyTree) -> int:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import mtjax
-from mtjax import losses, metrics
-from mtjax.train import TrainConfig, fit_problem
+from mtjax import losses, metrics, optim
+from mtjax.train import NonFiniteLossError, TrainConfig, fit_problem
 from mtjax.train.fields import Domain, field_loss, field_problem, make_field_evaluate, predict_fields
 
 TASKS = tuple(mtjax.Task(name, "regression", metrics=(metrics.relative_l2(),)) for name in ("flat", "steep"))
@@ -143,3 +143,36 @@ def test_a_split_that_does_not_fit_is_refused(data, change, message):
         field_problem(Tiny(), TASKS, dataclasses.replace(domain, mask=domain.mask[:1]), split, split)
     with pytest.raises(ValueError, match="one per seed"):
         fit_problem(problem_of(data), seeds=(0, 1), lane_rows=np.zeros((1, 4), int), progress=False)
+
+
+def test_losses_that_are_not_those_of_the_tasks(data, tmp_path):
+    """Three losses on two tasks: the method, the history and messages go by the losses, the metrics by the tasks."""
+    plain = problem_of(data)
+
+    def loss_fn(params, rows, rng):
+        flat, steep = plain.loss_fn(params, rows, rng)
+        return {"steep": steep, "both": flat + steep, "nothing": 0.0 * flat}
+
+    names = ("steep", "both", "nothing")
+    problem = dataclasses.replace(plain, loss_fn=loss_fn, losses=names)
+    assert plain.loss_names == ("flat", "steep") and problem.loss_names == names
+    config = dataclasses.replace(CONFIG, max_epochs=10)
+    options = {"config": config, "seeds": (0, 1), "learning_rates": 1e-2, "progress": False}
+    fitted = fit_problem(problem, method=optim.linear([1.0, 1.0, 5.0]), directory=tmp_path, **options)
+    assert fitted.state.method_state.weights.tolist() == [[1, 1, 5]] * 2
+    (record,) = fitted.history
+    assert np.shape(record["losses"]) == (2, 3) and set(record["metrics"]) == {"flat", "steep"}
+    assert all(steep < both and nothing == 0 for steep, both, nothing in record["losses"])
+    # The same sum of the tasks' losses, called by the tasks: the same run.
+    by_task = fit_problem(plain, method=optim.linear([1.0, 2.0]), **options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), fitted.state.params, by_task.state.params)
+    with pytest.raises(ValueError, match=r"losses: saved .*, now .*'nil'"):
+        renamed = dataclasses.replace(problem, losses=(*names[:2], "nil"))
+        fit_problem(renamed, method=optim.linear([1.0, 1.0, 5.0]), directory=tmp_path, resume=True, **options)
+    broken = dataclasses.replace(problem, loss_fn=lambda *args: loss_fn(*args) | {"nothing": jnp.inf})
+    with pytest.raises(NonFiniteLossError, match="The loss of task 'nothing' became inf at step 0") as caught:
+        fit_problem(broken, **options)
+    assert caught.value.task == "nothing"
+    for wrong in ((), ("a", "a")):
+        with pytest.raises(ValueError, match="losses must be at least one and have different names"):
+            dataclasses.replace(plain, losses=wrong)
