@@ -13,6 +13,9 @@ settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
+# Also where there is an accelerator: tests count devices, bytes and operations. JAX_PLATFORMS=cuda runs them there.
+if "JAX_PLATFORMS" not in os.environ:
+    jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # A test compiles many programs and runs each for microseconds: without LLVM's optimisation the suite takes a fifth less
 # time. What the compiler does to memory and collectives, which tests look at, comes before that.
