@@ -43,6 +43,7 @@ from operators_steps import (
     chunked,
     frozen_trunk,
     fused,
+    library,
     multiply_adds,
     timed_training,
     written,
@@ -115,11 +116,11 @@ def train_cell(size: Size, sizes: type[Sizes]) -> list[dict]:
         name = " ".join(map(str, key))
         functions[key] = timed_training(name, value_and_grad, params, batch, steps=sizes.steps, scan=scan, seeds=seeds)
 
-    ours(table.BEST, fused(model), parts, is_fused=True)
-    ours("fused, a program per step", fused(model), parts, scan=False, is_fused=True)
-    ours(f"fused, scan, {sizes.seeds} seeds by vmap", fused(model), parts, seeds=sizes.seeds, is_fused=True)
+    ours(table.BEST, library(model), batch, is_fused=True)
+    ours("library, a program per step", library(model), batch, scan=False, is_fused=True)
+    ours(f"library, scan, {sizes.seeds} seeds by vmap", library(model), batch, seeds=sizes.seeds, is_fused=True)
+    ours("fused by hand, scan", fused(model), parts, is_fused=True)
     ours("as written, scan", written(model), batch)
-    ours("as written, a program per step", written(model), batch, scan=False)
     ours("active output, as written, scan", written(active), batch, active=True)
     ours("trunk frozen", frozen, frozen_batch)
     if theirs is not None:

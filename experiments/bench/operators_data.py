@@ -24,6 +24,7 @@ from operators_measure import Timed, in_turns, milliseconds, say
 
 from mtjax.data.pde import darcy, fisher, gaussian_process
 from mtjax.data.pde.geometry import Grid, discretize, named
+from mtjax.models.deeponet import predict_at
 from mtjax.models.mt_deeponet import small_deeponet
 
 TOLERANCE = 1e-6  # of the solver and of `solve_ivp`
@@ -173,8 +174,6 @@ def one_by_one(config: fisher.FisherConfig, data: dict, row: int) -> np.ndarray:
 
 # Inference.
 
-CHUNK = 1024  # points at a time whose activations stay in the cache
-
 
 def inference(*, points: int, functions: int, turns: int, seconds: float, patience: float) -> list[dict]:
     """Query points per second of the demo network, jitted, for each layout.
@@ -208,14 +207,7 @@ def inference(*, points: int, functions: int, turns: int, seconds: float, patien
         return model.apply(variables, coefficients, batch["basis"], batch, method="combine")
 
     def in_chunks(variables, batch):
-        coefficients = model.apply(variables, batch, method="encode")
-
-        def one(points):
-            basis = model.apply(variables, points, method="basis")
-            return model.apply(variables, coefficients, basis, batch, method="combine")
-
-        parts = batch["points"].reshape(-1, min(CHUNK, points), 2)
-        return jnp.moveaxis(jax.lax.map(one, parts), 0, 1).reshape(len(batch["inputs"]), -1)
+        return predict_at(model, variables, batch)["u"]
 
     single = batch(1, points)
     cases = {

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from operators_measure import Timed, in_turns, say
-from operators_steps import Size, chunked, fused, multiply_adds, timed_training, written
+from operators_steps import Size, chunked, fused, library, multiply_adds, timed_training
 
 PRECISIONS = ("float32", "tensorfloat32")
 
@@ -57,10 +57,10 @@ def training(sizes: Sequence[Size], *, turns: int, steps: int, matrix: int, mega
     rows = []
     for size in sizes:
         model, params, batch = size.model(), size.params(), size.batch()
-        batches = {"as written": jax.tree.map(jnp.asarray, batch), "fused": jax.tree.map(jnp.asarray, chunked(batch))}
+        batches = {"library": jax.tree.map(jnp.asarray, batch), "by hand": jax.tree.map(jnp.asarray, chunked(batch))}
         timed, about = [], {}
         for precision in PRECISIONS:
-            for form, make in (("as written", written), ("fused", fused)):
+            for form, make in (("library", library), ("by hand", fused)):
                 key = f"mtjax, {form}, {precision}"
                 with jax.default_matmul_precision(precision):
                     timed.append(timed_training(key, make(model), params, batches[form], steps=steps, scan=True))
@@ -95,7 +95,7 @@ def _with_precision(torch_side: Any, allowed: str, key: str, size: Size, params:
 
 def _row(size: Size, side: str, form: str, precision: str, traffic: float | None, result: dict, limits: dict) -> dict:
     seconds = 1e-3 * result["ms"]
-    operations = 2 * multiply_adds(size, fused=form == "fused")
+    operations = 2 * multiply_adds(size, fused=side == "mtjax")
     peak = limits["flops"][precision]
     row = {"size": size.name, "functions": size.functions, "points": size.points, "side": side, "form": form}
     row |= {"precision": precision, **result, "tflops": operations / seconds / 1e12, "matmul_tflops": peak / 1e12}

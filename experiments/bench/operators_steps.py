@@ -1,4 +1,4 @@
-r"""A training step of the Cartesian DeepONet for `operators.py`: as the library writes it, and with its products fused.
+r"""A training step of the Cartesian DeepONet for `operators.py`: as it is written, and with its products fused.
 
 Both nets end in a linear map, u = (G V + c) (H W + d)^T + b0 with hidden activations G f[B, v] and H f[N, w] of branch
 and trunk. As written this makes the N x p basis, then the B x N field from it. *Fused*, the two maps are multiplied
@@ -8,11 +8,12 @@ first,
 
 so that the trunk's last map at all points (N w p) and the sum over p functions (B N p) become one product (B N w). The
 parameters, the function, the loss and the gradient are the same; only the order of summation differs. It pays where
-p > w, or where N is large; half of the arithmetic of the Fisher network goes.
+p > w, or where N is large; half of the arithmetic of the Fisher network goes. `mtjax.models.DeepONet` does this where
+it is less work.
 
-The gradient of the fused loss is written out: with r = u - y and the mean over all B N entries, dL/dA = 2 r H / (B N)
-for A = G~ M, and dL/dH = 2 r^T A / (B N). Points are taken in chunks whose activations stay in the cache; the gradients
-of chunks add up.
+By hand, the gradient of the fused loss is written out too: with r = u - y and the mean over all B N entries, dL/dA =
+2 r H / (B N) for A = G~ M, and dL/dH = 2 r^T A / (B N). Points are taken in chunks whose activations stay in the cache;
+the gradients of chunks add up.
 
 Letters: B functions, N points, d coordinates, p basis functions, v and w last hidden widths of branch and trunk.
 """
@@ -118,8 +119,8 @@ def multiply_adds(size: Size, *, fused: bool) -> int:
 # Loss and gradient, (params, data) -> (loss, gradient), and what they read of a batch.
 
 
-def written(model: DeepONet) -> Callable:
-    """Mean squared error of the library's network, differentiated by JAX."""
+def library(model: DeepONet) -> Callable:
+    """Mean squared error of the library's network, which fuses the products itself, differentiated by JAX."""
 
     def loss_fn(params, batch):
         return jnp.mean((model.apply({"params": params}, batch, train=True)["u"] - batch["values"]) ** 2)
@@ -127,8 +128,20 @@ def written(model: DeepONet) -> Callable:
     return jax.value_and_grad(loss_fn)
 
 
+def written(model: DeepONet) -> Callable:
+    """The same as the formula is written: the basis at all points, then the field from it."""
+
+    def loss_fn(params, batch):
+        coefficients = model.apply({"params": params}, batch, train=True, method="encode")
+        basis = model.apply({"params": params}, batch["points"], train=True, method="basis")
+        u = model.apply({"params": params}, coefficients, basis, batch, method="combine")
+        return jnp.mean((u - batch["values"]) ** 2)
+
+    return jax.value_and_grad(loss_fn)
+
+
 def fused(model: DeepONet) -> Callable:
-    """The same with the products fused; reads `chunked` batches."""
+    """The same with products fused, gradient and chunks of points by hand; reads `chunked` batches."""
 
     def value_and_grad(params, batch):
         trunk = {name: layer for name, layer in params["trunk"].items() if name != "out"}

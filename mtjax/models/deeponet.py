@@ -148,7 +148,10 @@ class DeepONet(nn.Module):
         Returns:
           {'u': f[B, N]}, f[B, N, C] for C > 1.
         """
-        coefficients = self.encode(batch, task=task, train=train)
+        return {"u": self.field(self.encode(batch, task=task, train=train), batch, train=train)}
+
+    def field(self, coefficients: jax.Array, batch: Mapping[str, Any], *, train: bool = False) -> jax.Array:
+        """The field at batch['points'] from `encode`, in the order of products that is less work."""
         points = batch["points"]
         if self._maps_first(coefficients, points):
             trunk = self.trunk(points, train=train, split=True)
@@ -156,8 +159,8 @@ class DeepONet(nn.Module):
             u = merge(coefficients @ trunk.kernel.T, trunk.hidden, pointwise=points.ndim == 3)
             if trunk.bias is not None:
                 u = u + (coefficients @ trunk.bias)[:, None]
-            return {"u": self._finish(u, batch)}
-        return {"u": self.combine(coefficients, self.basis(points, train=train), batch)}
+            return self._finish(u, batch)
+        return self.combine(coefficients, self.basis(points, train=train), batch)
 
     def _maps_first(self, coefficients: jax.Array, points: jax.Array) -> bool:
         """Whether it is less work to apply the trunk's last, linear map to the coefficients than at the points."""
@@ -285,8 +288,7 @@ def predict_at(
 
     def one(start):
         part = {n: jax.lax.dynamic_slice_in_dim(column, start, size, axes[n]) for n, column in columns.items()}
-        basis = model.apply(variables, part["points"], method="basis")
-        return model.apply(variables, coefficients, basis, part, method="combine")
+        return model.apply(variables, coefficients, part, method="field")
 
     u = jnp.moveaxis(jax.lax.map(one, starts), 0, 1)  # [B, chunks, size, ...]
     whole = u[:, :-1].reshape(u.shape[0], -1, *u.shape[3:])
