@@ -17,8 +17,8 @@ from mtjax.optim.alignment import aligned_mtl, config, imtl_g
 
 from . import cases, reference
 from .cases import CASES
+from .in_slots import SLOTS, direction_of, norms, weights_of
 
-SLOTS = 64  # all matrices take the first of so many tasks, the others being absent: one compilation
 MODES = ("min", "median", "rmse")
 
 
@@ -26,23 +26,6 @@ MODES = ("min", "median", "rmse")
 def jitted(make, *args, **kwargs):
     weigh = make(*args, **kwargs).weighting.weigh
     return jax.jit(lambda gramian, present: weigh(gramian, jnp.zeros(present.size), (), present)[0])
-
-
-def weights_of(weigh, matrix, slots=SLOTS, dtype=np.float32):
-    matrix = np.asarray(matrix)
-    rows = np.zeros((slots, matrix.shape[1]), dtype)
-    rows[: len(matrix)] = matrix
-    weights = np.asarray(weigh(rows @ rows.T, np.arange(slots) < len(matrix)), np.float64)
-    assert not weights[len(matrix) :].any()
-    return weights[: len(matrix)]
-
-
-def direction_of(weigh, matrix, **kwargs):
-    return weights_of(weigh, matrix, **kwargs) @ matrix
-
-
-def norms(matrix):
-    return np.linalg.norm(matrix, axis=1)
 
 
 def units(matrix):

@@ -18,8 +18,8 @@ from mtjax.optim.bargaining import _bargain, fairgrad, nash_mtl
 
 from . import cases, reference
 from .cases import CASES
+from .in_slots import SLOTS, direction_of, norms, weights_of
 
-SLOTS = 64  # all matrices take the first of so many tasks, the others being absent: one compilation
 ALPHAS = (0.3, 1.0, 2.0, 20.0)
 
 
@@ -43,23 +43,6 @@ def bargain(alpha):
 
 
 _any_alpha = jax.jit(lambda gramian, alpha: _bargain(gramian, alpha)[0])
-
-
-def weights_of(weigh, matrix, slots=SLOTS, dtype=np.float32):
-    matrix = np.asarray(matrix)
-    rows = np.zeros((slots, matrix.shape[1]), dtype)
-    rows[: len(matrix)] = matrix
-    weights = np.asarray(weigh(rows @ rows.T, np.arange(slots) < len(matrix)), np.float64)
-    assert not weights[len(matrix) :].any()
-    return weights[: len(matrix)]
-
-
-def direction_of(weigh, matrix, **kwargs):
-    return weights_of(weigh, matrix, **kwargs) @ matrix
-
-
-def norms(matrix):
-    return np.linalg.norm(matrix, axis=1)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -18,8 +18,7 @@ from mtjax.optim.cagrad import _conflict_averse, cagrad
 
 from . import cases, reference
 from .cases import CASES
-
-SLOTS = 64  # all matrices take the first of so many tasks, the others being absent: one compilation
+from .in_slots import SLOTS, direction_of, norms, weights_of
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,23 +41,6 @@ _any_c = jax.jit(lambda gramian, present, c: _conflict_averse(gramian, present, 
 def averse(c):
     """As `cagrad(c)`, compiled once for all c."""
     return lambda gramian, present: _any_c(gramian, present, c)
-
-
-def weights_of(weigh, matrix, slots=SLOTS, dtype=np.float32):
-    matrix = np.asarray(matrix)
-    rows = np.zeros((slots, matrix.shape[1]), dtype)
-    rows[: len(matrix)] = matrix
-    weights = np.asarray(weigh(rows @ rows.T, np.arange(slots) < len(matrix)), np.float64)
-    assert not weights[len(matrix) :].any()
-    return weights[: len(matrix)]
-
-
-def direction_of(weigh, matrix, **kwargs):
-    return weights_of(weigh, matrix, **kwargs) @ matrix
-
-
-def norms(matrix):
-    return np.linalg.norm(matrix, axis=1)
 
 
 @pytest.mark.parametrize("name", CASES)
