@@ -5,6 +5,7 @@ r"""Layers on regular grids: spectral convolution, a block of convolutions, and 
 Letters: B batch, n_1..n_d grid (N points in all, last axis fastest), C channels, F output channels, m_i modes.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -80,6 +81,37 @@ class SpectralConv(nn.Module):
         return jnp.fft.irfftn(spectrum, s=grid, axes=axes)  # pads the last axis with zeros
 
 
+class Conv3(nn.Module):
+    """Convolution of side 3 that keeps the size, as a matrix product: f[B, n_1..n_d, C] -> f[B, n_1..n_d, features].
+
+    The same function and parameters as `nn.Conv(features, (3,) * d)`. A stack of networks (`vmap` over parameters)
+    turns a convolution into a grouped one, which is far slower on a CPU; a product of matrices stays one.
+
+    Attributes:
+      features: channels.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        axes, channels = x.ndim - 2, x.shape[-1]
+        init = nn.initializers.lecun_normal()
+        kernel = self.param("kernel", init, (3,) * axes + (channels, self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        padded = jnp.pad(x, [(0, 0), *[(1, 1)] * axes, (0, 0)])
+        shifts = itertools.product(range(3), repeat=axes)
+        # The neighbours of every node, side by side: 3^d C channels.
+        patches = jnp.concatenate(
+            [
+                padded[(slice(None), *(slice(s, s + n) for s, n in zip(shift, x.shape[1:-1], strict=True)))]
+                for shift in shifts
+            ],
+            axis=-1,
+        )
+        return patches @ kernel.reshape(-1, self.features) + bias.reshape((1,) * (axes + 1) + (-1,))
+
+
 class ConvBlock(nn.Module):
     """Twice [convolution of side 3, group normalization, activation]: f[B, n_1..n_d, C] -> f[B, n_1..n_d, features].
 
@@ -97,6 +129,6 @@ class ConvBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         groups = math.gcd(self.groups, self.features)
         for layer in range(2):
-            x = nn.Conv(self.features, (3,) * (x.ndim - 2), padding="SAME", name=f"conv_{layer}")(x)
+            x = Conv3(self.features, name=f"conv_{layer}")(x)
             x = self.activation(nn.GroupNorm(num_groups=groups, name=f"norm_{layer}")(x))
         return x

@@ -1,11 +1,12 @@
 """Layers on grids: the spectral convolution against numpy's Fourier transform, the order of nodes."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtjax.nn.grid_layers import ConvBlock, SpectralConv, flat_outputs, grid_inputs
+from mtjax.nn.grid_layers import Conv3, ConvBlock, SpectralConv, flat_outputs, grid_inputs
 
 RNG = np.random.default_rng(0)
 
@@ -87,3 +88,16 @@ def test_conv_block_normalises_groups_that_divide_its_channels():
     y = np.asarray(jax.jit(module.apply)(params, 100 * x)).reshape(2, 36, 4, 3)  # gcd(8, 12) = 4 groups of 3 channels
     np.testing.assert_allclose(y.mean((1, 3)), 0, atol=1e-4)
     np.testing.assert_allclose(y.std((1, 3)), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("grid", [(5,), (4, 6), (3, 4, 5)])
+def test_a_convolution_as_a_product_is_that_of_flax(grid):
+    """The same parameters, the same function, and no grouped convolution in a stack of networks."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, *grid, 3)), jnp.float32)
+    params = Conv3(4).init(jax.random.key(0), x)
+    theirs = nn.Conv(4, (3,) * len(grid), padding="SAME")
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, theirs.init(jax.random.key(0), x))
+    np.testing.assert_allclose(Conv3(4).apply(params, x), theirs.apply(params, x), rtol=1e-5, atol=1e-6)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+    text = jax.jit(jax.vmap(Conv3(4).apply, in_axes=(0, None))).lower(stacked, x).as_text()
+    assert "convolution" not in text
