@@ -319,7 +319,7 @@ def test_an_interrupted_run_tells_how_to_go_on(script, call, tmp_path, request):
         done.set()
         thread.join()
     assert status == 130
-    assert re.search(r"finished methods are saved. Go on with: python .* --resume --run .*run\n", stdout)
+    assert re.search(r"what is finished is saved. Go on with: python .* --resume --run .*run\n", stdout)
     assert [path.name for path in (run / "bench").iterdir()] == ["single-task.json"]
     assert not (run / "report.json").exists()
 

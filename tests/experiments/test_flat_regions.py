@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import mtjax
-from mtjax.train.loop import supervised_loss
+from mtjax.train.step import supervised_loss
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "objectives" / "flat_regions.py"
 KEYS = ["system", "claim", "preset", "command", "seeds", "commit", "dirty", "device", "versions", "wall_s", "rows"]

@@ -189,6 +189,7 @@ def test_fields_are_periodic(script):
 # The script.
 
 
+@pytest.mark.slow
 def test_smoke(script, run_smoke):
     run = run_smoke(script)
     content = json.loads((run / "report.json").read_text())

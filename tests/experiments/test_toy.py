@@ -81,6 +81,7 @@ def test_place_measures_distance_and_position(toy):
 # The table of methods.
 
 
+@pytest.mark.slow
 def test_every_method_of_the_table_can_be_made_with_every_setting_and_makes_a_step(toy):
     """The step abstractly: structure and shapes only."""
     params, batch = {"x": jnp.zeros(2)}, {"scale": jnp.ones((toy.BATCH, 2))}
@@ -144,6 +145,7 @@ def test_paths_are_those_of_a_plain_loop(toy):
             np.testing.assert_allclose(found.points[1, 0, start, record], expected, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_only_methods_that_draw_have_several_seeds(toy):
     config = toy.Config(steps=20, records=2, learning_rate=0.01, scales=(1.0,), seeds=3)
     drawn = toy.follow(mtjax.optim.rlw(), config).points

@@ -268,6 +268,7 @@ def test_a_step_that_breaks_is_skipped_and_aux_is_that_of_the_train_half():
     np.testing.assert_allclose(aux, TRAIN.sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_trains_in_a_scan_for_several_seeds_at_once():
     update = mtjax.value_and_update(loss_fn, optim.on_shared(make(), IS_SHARED))
 

@@ -72,7 +72,7 @@ def written():
     return {line[0].strip("`"): line[1:] for line in cells}
 
 
-@EVERY
+@of_methods(TABLE)
 def test_properties_are_those_of_the_table(name):
     measured = ["✓" if holds else "✗" for holds in properties.measured(name).values()]
     assert written()[name] == [properties.needs(name), properties.state_size(name), *measured], (

@@ -122,7 +122,7 @@ def test_a_zero_gradient_stays_zero_and_has_no_part():
     assert not np.any(gradient)
 
 
-@pytest.mark.parametrize("scale", [1e-10, 1e10])
+@pytest.mark.parametrize("scale", [1e-10, pytest.param(1e10, marks=pytest.mark.slow)])
 def test_the_scale_of_the_losses(scale):
     """The direction at the features, and so the trunk's, is as much longer; rotations do not notice."""
     method = rotograd(D, optax.adam(0.01))
