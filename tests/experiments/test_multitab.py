@@ -219,10 +219,11 @@ def test_interrupt_then_resume_without_repeating_any_option(houses, call, reques
 
     status, _, stderr = call("predict", "--run", run, "--data", "houses.csv")
     assert (status, stderr) == (2, "error: --run interrupted: no model of this run has finished training\n")
-    status, _, stderr = call("--resume", "--run", run, "--method", "mgda", "--data", "new.csv")
+    pathlib.Path("other.csv").write_bytes(pathlib.Path("houses.csv").read_bytes())
+    status, _, stderr = call("--resume", "--run", run, "--method", "mgda", "--data", "other.csv")
     assert status == 2 and stderr.splitlines() == [
         "error: --resume goes on with the options that interrupted was started with:",
-        f"  --data: started with {houses / 'houses.csv'}, now {pathlib.Path.cwd() / 'new.csv'}",
+        f"  --data: started with {houses / 'houses.csv'}, now {pathlib.Path.cwd() / 'other.csv'}",
         "  --method: started with pcgrad, now mgda",
     ]
     status, _, stderr = call(*arguments, "--run", run)
