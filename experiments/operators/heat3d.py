@@ -36,6 +36,7 @@ from mtjax.data.pde import heat3d
 from mtjax.models.mt_deeponet import heat3d_deeponet, small_deeponet
 from mtjax.nn.output_transforms import apply_mask, standardised
 from mtjax.train import report
+from mtjax.train.compare import mean_and_se, verdict
 from mtjax.train.fields import Domain, field_problem, predict_fields
 
 SYSTEM = "operators_heat3d"
@@ -113,13 +114,14 @@ def tasks_of(config: Config) -> tuple[mtjax.Task, ...]:
     return tuple(mtjax.Task(f"{n} holes", "regression", metrics=measured) for n in config.data.holes)
 
 
-def rows_of(split: Mapping[str, Any], config: Config, *, zeroed: bool = False) -> dict[str, Any]:
-    """A split as the network reads it; the small network's coordinates are in half widths of the plate."""
+def rows_of(split: Mapping[str, Any], *, zeroed: bool = False) -> dict[str, Any]:
+    """A split as the network reads it: the design (or zeros), and the solid of each as a mask."""
     inputs = 0 * split["inputs"] if zeroed else split["inputs"]
     return {"inputs": inputs, "values": split["values"], "task": split["task"], "mask": split["mask"]}
 
 
 def domain_of(data: Mapping[str, Any], config: Config) -> Domain:
+    """The points; those of the small network are in half widths of the plate."""
     points = data["train"]["points"]
     return Domain(points if config.network == "published" else points / np.float32(config.data.plate_radius))
 
@@ -163,7 +165,7 @@ def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
     arms: dict[str, Arm] = {}
 
     def arm(name, *, zeroed=False, recipe=config.recipe, **more):
-        train, test = (rows_of(data[split], config, zeroed=zeroed) for split in ("train", "test"))
+        train, test = (rows_of(data[split], zeroed=zeroed) for split in ("train", "test"))
         # There are 24 designs to train on and none to spare: rates are chosen on the training designs.
         problem = field_problem(model, tasks, domain, train, train, eval_batch_size=8, **options)
         arms[name] = train_arm(name, problem, test, recipe, seeds, run, resume=resume, record=record, **more)
@@ -202,8 +204,6 @@ def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
 
 def against_interpolation(joint: Arm, results: Mapping[str, Mapping[str, np.ndarray]]) -> report.Finding:
     """Whether the network is more accurate than interpolating the training fields, in T - T_min."""
-    from mtjax.train.compare import mean_and_se, verdict
-
     theirs = 100 * float(np.mean([values[ABOVE][0] for values in results.values()]))
     ours = 100 * joint.mean(ABOVE)
     mean, se = mean_and_se(theirs - ours)
@@ -215,7 +215,7 @@ def against_interpolation(joint: Arm, results: Mapping[str, Mapping[str, np.ndar
 
 def slices(config: Config, test: Mapping[str, Any], domain: Domain, joint: Arm) -> Any:
     """The middle layer of an unseen design for the least, a middle and the greatest number of holes."""
-    plate, rows = config.data, rows_of(test, config)
+    plate, rows = config.data, rows_of(test)
     shape, panels = (plate.size, plate.size, plate.layers), {}
     for k in sorted({0, len(plate.holes) // 2, len(plate.holes) - 1}):
         of = np.flatnonzero(test["task"] == k)

@@ -24,7 +24,7 @@ from mtjax.models.mt_deeponet_training import small_optimizer
 from mtjax.optim.base import Method
 from mtjax.train import Problem, TrainConfig, fit_problem, report
 from mtjax.train.compare import mean_and_se, verdict
-from mtjax.train.problem import num_rows
+from mtjax.train.evaluate import num_rows
 from mtjax.train.state import OptimizerFactory
 
 PyTree = Any

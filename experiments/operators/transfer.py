@@ -99,7 +99,6 @@ def move(
         problem = target.problem(m)
         for way, (how, options) in ways.items():
             # A network is trained for each target: lanes with rows of their own.
-            starts = options.get("start")
             name = f"{way}, {m} examples"
             arm = train_arm(
                 name,
@@ -110,7 +109,7 @@ def move(
                 directory,
                 resume=resume,
                 separate=len(target.names) > 1,
-                **{**options, "start": starts},
+                **options,
             )
             say(arm)
             found.setdefault(m, {})[way] = arm

@@ -4,7 +4,7 @@ Letters: L lanes, G selection groups, K tasks, B batch, N rows.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,16 +19,21 @@ _LABELS = ("labels", "mask", "weight")
 Results = dict[str, dict[str, np.ndarray]]
 
 
+def num_rows(split: PyTree) -> int:
+    """N, the leading axis of the columns of a split."""
+    return int(np.shape(jax.tree.leaves(split)[0])[0])
+
+
 def padded_batches(split: Mapping[str, Any], batch_size: int) -> Iterator[tuple[dict[str, Any], int]]:
     """Batches of exactly `batch_size` rows and the number of real rows; the rows that pad the last have weight 0."""
-    num_rows = len(split["numeric"])
-    if num_rows == 0:
+    total = num_rows(dict(split))
+    if total == 0:
         raise ValueError("There are no rows to evaluate or predict")
-    size = min(batch_size, num_rows)
-    for start in range(0, num_rows, size):
+    size = min(batch_size, total)
+    for start in range(0, total, size):
         rows = np.arange(start, start + size)
-        real = rows < num_rows
-        batch = jax.tree.map(lambda column: column[np.minimum(rows, num_rows - 1)], dict(split))  # noqa: B023
+        real = rows < total
+        batch = jax.tree.map(lambda column: column[np.minimum(rows, total - 1)], dict(split))  # noqa: B023
         batch["weight"] = np.where(real, batch.get("weight", np.ones(size)), 0.0).astype(np.float32)
         yield batch, int(real.sum())
 
@@ -55,6 +60,21 @@ def _statistics(tasks: tuple[Task, ...], outputs: PyTree, labels: Mapping[str, A
     return jax.vmap(lambda outputs: {task.name: measure(task, outputs[task.name]) for task in tasks})(outputs)
 
 
+def merge_statistics(tasks: Sequence[Task], batches: Iterable[Mapping[str, Mapping[str, Any]]]) -> Results:
+    """Metrics {task: {metric: f64[L]}} from their states on every batch, merged on the host in double precision."""
+    states: dict[str, dict[str, Any]] = {task.name: {} for task in tasks}
+    for new in batches:
+        for task in tasks:
+            merged = states[task.name]
+            for metric in task.metrics:
+                state = metrics.to_host(new[task.name][metric.name])
+                merged[metric.name] = metric.merge(merged[metric.name], state) if metric.name in merged else state
+    return {
+        task.name: {m.name: np.atleast_1d(np.asarray(m.compute(states[task.name][m.name]))) for m in task.metrics}
+        for task in tasks
+    }
+
+
 def make_evaluate(model: Any, tasks: Sequence[Task], *, batch_size: int = 4096, per_task: bool = False) -> Callable:
     """Builds the evaluation of stacked parameters on a split.
 
@@ -70,23 +90,16 @@ def make_evaluate(model: Any, tasks: Sequence[Task], *, batch_size: int = 4096, 
 
     run = jax.jit(jax.vmap(functools.partial(_outputs, model, tasks, per_task), in_axes=(0, None)))
 
-    def evaluate(params: PyTree, split: Mapping[str, Any], context: Mapping[str, Any] | None = None) -> Results:
-        states: dict[str, dict[str, Any]] = {}
+    def statistics(params, split, context):
         for batch, _ in padded_batches(split, batch_size):
             if context is not None:
                 batch["context"] = context
             inputs = {key: batch[key] for key in batch if key not in _LABELS}
             labels = {key: batch[key] for key in _LABELS if key in batch}
-            new = jax.tree.map(np.asarray, _statistics(tuple(tasks), run(params, inputs), labels))
-            for task in tasks:
-                merged = states.setdefault(task.name, {})
-                for metric in task.metrics:
-                    state = metrics.to_host(new[task.name][metric.name])
-                    merged[metric.name] = metric.merge(merged[metric.name], state) if metric.name in merged else state
-        return {
-            task.name: {m.name: np.atleast_1d(np.asarray(m.compute(states[task.name][m.name]))) for m in task.metrics}
-            for task in tasks
-        }
+            yield _statistics(tuple(tasks), run(params, inputs), labels)
+
+    def evaluate(params: PyTree, split: Mapping[str, Any], context: Mapping[str, Any] | None = None) -> Results:
+        return merge_statistics(tasks, statistics(params, split, context))
 
     return evaluate
 

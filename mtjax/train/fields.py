@@ -9,7 +9,7 @@ Letters: n rows, B batch, N points, d coordinates, C outputs, K tasks, L lanes.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -18,8 +18,8 @@ import numpy as np
 
 from mtjax import losses
 from mtjax.tasks import Task
-from mtjax.train.evaluate import Results
-from mtjax.train.problem import Evaluator, Problem, num_rows
+from mtjax.train.evaluate import Results, merge_statistics, padded_batches
+from mtjax.train.problem import Evaluator, Problem
 
 PyTree = Any
 
@@ -103,18 +103,6 @@ def field_loss(
     return loss_fn
 
 
-def _batches(split: Mapping[str, Any], batch_size: int) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Batches of one size, and weights f32[B] that are 0 for the rows that pad the last."""
-    total = num_rows(split)
-    if total == 0:
-        raise ValueError("There are no functions to evaluate")
-    size = min(batch_size, total)
-    for start in range(0, total, size):
-        rows = np.arange(start, start + size)
-        weight = (rows < total).astype(np.float32)
-        yield jax.tree.map(lambda column: column[np.minimum(rows, total - 1)], dict(split)), weight  # noqa: B023
-
-
 def make_field_evaluate(
     model: Any, tasks: Sequence[Task], domain: Domain, *, batch_size: int = 256, per_task: bool = False
 ) -> Evaluator:
@@ -145,21 +133,12 @@ def make_field_evaluate(
 
     run = jax.jit(jax.vmap(of_lane, in_axes=(0, None, None)))
 
-    def evaluate(params: PyTree, split: Mapping[str, Any]) -> Results:
-        from mtjax.metrics import to_host
+    def statistics(params, split):
+        for rows, _ in padded_batches(split, batch_size):
+            yield run(params, rows, rows.pop("weight"))
 
-        results: dict[str, dict[str, Any]] = {task.name: {} for task in tasks}
-        for rows, weight in _batches(split, batch_size):
-            new = to_host(run(params, rows, weight))
-            for task in tasks:
-                merged = results[task.name]
-                for metric in task.metrics:
-                    state = new[task.name][metric.name]
-                    merged[metric.name] = metric.merge(merged[metric.name], state) if metric.name in merged else state
-        return {
-            task.name: {m.name: np.atleast_1d(np.asarray(m.compute(results[task.name][m.name]))) for m in task.metrics}
-            for task in tasks
-        }
+    def evaluate(params: PyTree, split: Mapping[str, Any]) -> Results:
+        return merge_statistics(tasks, statistics(params, split))
 
     return evaluate
 
@@ -195,6 +174,7 @@ def field_problem(
         # Parameters do not depend on the points, but a grid of points has to be whole.
         return model.init({"params": key, "dropout": key}, domain.batch(rows))["params"]
 
+    @functools.cache  # one program, however often it is asked for
     def evaluator(per_task: bool) -> Evaluator:
         return make_field_evaluate(model, tasks, domain, batch_size=eval_batch_size, per_task=per_task)
 
@@ -243,5 +223,5 @@ def predict_fields(
         return jnp.where(mask if output.ndim == 2 else mask[:, :, None], output, jnp.nan)
 
     rows = {key: split[key] for key in ("inputs", "task", "mask", "distance") if key in split}
-    pieces = [np.asarray(run(params, piece))[weight > 0] for piece, weight in _batches(rows, batch_size)]
-    return np.concatenate(pieces)
+    batches = padded_batches(rows, batch_size)
+    return np.concatenate([np.asarray(run(params, batch))[:num_real] for batch, num_real in batches])

@@ -30,9 +30,9 @@ from mtjax.optim import linear
 from mtjax.optim.base import Method
 from mtjax.tasks import Task
 from mtjax.train.checkpoint import Checkpoints
-from mtjax.train.evaluate import Results, main_scores, selection_scores, undefined_scores
+from mtjax.train.evaluate import Results, main_scores, num_rows, selection_scores, undefined_scores
 from mtjax.train.monitor import MetricsWriter, Progress, stop_on_signals
-from mtjax.train.problem import Problem, num_rows, table_problem
+from mtjax.train.problem import Problem, table_problem
 from mtjax.train.runlog import RunLog, check_same_run
 from mtjax.train.state import OptimizerFactory, TrainState, create_lanes, update_best_lanes
 from mtjax.train.step import make_conflict_probe, make_train_chunk, make_train_step

@@ -57,11 +57,6 @@ class Problem:
         return tuple(task.name for task in self.tasks) if self.losses is None else tuple(self.losses)
 
 
-def num_rows(split: PyTree) -> int:
-    """N, the leading axis of the columns of a split."""
-    return int(np.shape(jax.tree.leaves(split)[0])[0])
-
-
 def inference_context(model: Any, train: Mapping[str, Any], num_context: int) -> dict[str, np.ndarray] | None:
     """Evenly spread training rows for a model whose predictions attend to other rows; None for all others."""
     if not getattr(model, "needs_context", False):
