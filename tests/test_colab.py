@@ -67,7 +67,7 @@ def test_the_file_is_a_notebook_of_format_4_5(path):
 @each_notebook
 def test_every_code_cell_parses(path):
     for cell in code_cells(path):
-        ast.parse(plain_python(cell))
+        assert ast.parse(plain_python(cell)).body
 
 
 @each_notebook

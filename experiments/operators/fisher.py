@@ -32,7 +32,7 @@ from training import Arm, Recipe, say, train_arm
 import mtjax
 from mtjax import metrics, optim, plots_operators
 from mtjax.data.pde import fisher
-from mtjax.models.mt_deeponet import fisher_deeponet, small_deeponet
+from mtjax.models.mt_deeponet import fisher_deeponet, small_deeponet, with_code
 from mtjax.train import report
 from mtjax.train.fields import Domain, field_problem, predict_fields
 
@@ -130,8 +130,8 @@ def network(config: Config) -> Any:
 def rows_of(split: Mapping[str, Any], *, zeroed: bool = False) -> dict[str, Any]:
     """A split as the network reads it: the code (or zeros) before the initial field, which is centred at 1/2."""
     code, initial = split["inputs"]["code"], split["inputs"]["initial"]
-    inputs = np.concatenate([0 * code if zeroed else code, initial - 0.5], axis=1)
-    return {"inputs": inputs.astype(np.float32), "values": split["values"], "task": split["task"]}
+    inputs = np.asarray(with_code(initial - 0.5, code, zeroed=zeroed))
+    return {"inputs": inputs, "values": split["values"], "task": split["task"]}
 
 
 def tasks_of(config: fisher.FisherConfig) -> tuple[mtjax.Task, ...]:

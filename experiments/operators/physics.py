@@ -57,6 +57,7 @@ import mtjax
 from mtjax import metrics, optim, physics, plots_operators
 from mtjax.data.pde import fisher
 from mtjax.models.deeponet import DeepONet
+from mtjax.models.mt_deeponet import with_code
 from mtjax.nn.embeddings import PeriodicEmbedding
 from mtjax.nn.operator_layers import MLP
 from mtjax.optim import base as optim_base
@@ -197,7 +198,7 @@ def rows_of(config: fisher.FisherConfig, split: Mapping[str, Any], *, labelled: 
         patterns[k, : len(form.pattern)] = form.pattern
     code, initial = split["inputs"]["code"], split["inputs"]["initial"]
     rows = {
-        "inputs": np.concatenate([code, initial - 0.5], axis=1),
+        "inputs": np.asarray(with_code(initial - 0.5, code)),
         "initial": initial,
         "coefficients": a[:, None] * patterns[split["task"]],
         "damping": b,

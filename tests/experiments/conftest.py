@@ -1,5 +1,6 @@
 """Scripts as a user runs them: loaded from their files, called with arguments, in their smallest form."""
 
+import importlib
 import importlib.util
 import pathlib
 import sys
@@ -26,6 +27,25 @@ def load_script():
             return module
 
         yield load
+
+
+@pytest.fixture(scope="module")
+def import_beside():
+    """`(names, *folders) -> module` of the first name, imported anew with the folders importable; all are forgotten."""
+    with pytest.MonkeyPatch.context() as patch:
+        forget = []
+
+        def load(names: tuple[str, ...], *folders: str):
+            for folder in folders:
+                patch.syspath_prepend(EXPERIMENTS / folder)
+            for name in names:
+                patch.delitem(sys.modules, name, raising=False)
+            forget.extend(names)
+            return importlib.import_module(names[0])
+
+        yield load
+        for name in forget:
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")

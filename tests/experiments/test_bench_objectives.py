@@ -1,9 +1,6 @@
 """The benchmark of objective methods: its quick run end to end, and the arithmetic of its table."""
 
-import importlib
 import json
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +10,12 @@ import pytest
 
 import mtjax
 
-FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "bench"
 MODULES = ("objectives", "objectives_measure", "objectives_routes", "objectives_table", "objectives_torch", "methods")
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """The script as a module; the files beside it are importable, as when it is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        patch.syspath_prepend(FOLDER.parent / "objectives")
-        for name in MODULES:
-            patch.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module("objectives")
-        for name in MODULES:
-            sys.modules.pop(name, None)
+def bench(import_beside):
+    return import_beside(MODULES, "bench", "objectives")
 
 
 @pytest.fixture(scope="module")

@@ -2,27 +2,17 @@
 
 import importlib
 import json
-import pathlib
-import sys
 
 import jax
 import numpy as np
 import pytest
 
-FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "bench"
 MODULES = tuple(f"operators{part}" for part in ("", "_data", "_gpu", "_measure", "_steps", "_table", "_torch"))
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """The script as a module; the files beside it are importable, as when it is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        for name in MODULES:
-            patch.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module("operators")
-        for name in MODULES:
-            sys.modules.pop(name, None)
+def bench(import_beside):
+    return import_beside(MODULES, "bench")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The MultiTab script: smoke run, a user's own table, the sweep, resuming, predictions, errors, paper sizes."""
 
-import importlib.util
+import functools
 import json
 import math
 import os
@@ -26,31 +26,13 @@ KEYS = ["system", "claim", "preset", "command", "seeds", "commit", "dirty", "dev
 
 
 @pytest.fixture(scope="module")
-def script():
-    """The script as a module; the files beside it are importable, as when it is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MPLBACKEND", "Agg")
-        patch.syspath_prepend(SCRIPT.parent)
-        spec = importlib.util.spec_from_file_location("multitab_script", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "multitab_script", module)
-        spec.loader.exec_module(module)
-        yield module
+def script(load_script):
+    return load_script("tabular/multitab.py")
 
 
 @pytest.fixture
-def call(script, capsys):
-    """Runs the command line; returns exit status, stdout and stderr."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = script.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
+def call(script, call_script):
+    return functools.partial(call_script, script)
 
 
 # The smoke preset, end to end.
@@ -60,13 +42,8 @@ SMOKE_MODELS = ("single-task MLP", "PLE", "MultiTab-Net")  # .ci/run takes the d
 
 
 @pytest.fixture(scope="module")
-def smoke(script, tmp_path_factory) -> pathlib.Path:
-    run = tmp_path_factory.mktemp("smoke") / "run"
-    results = {path: path.stat().st_mtime_ns for path in (SCRIPT.parents[1] / "results").glob("*")}
-    assert script.main(["--preset", "smoke", "--run", str(run), "--models", *SMOKE_MODELS]) == 0
-    now = {path: path.stat().st_mtime_ns for path in (SCRIPT.parents[1] / "results").glob("*")}
-    assert now == results, "a smoke run leaves the committed results alone"
-    return run
+def smoke(script, run_smoke) -> pathlib.Path:
+    return run_smoke(script, "--models", *SMOKE_MODELS)
 
 
 def test_smoke_report(smoke, script):
