@@ -13,7 +13,6 @@ Results: experiments/results/operators_darcy.json, experiments/results/figures/o
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -28,10 +27,9 @@ import training
 import transfer
 from study import Found
 from study import main as run_study
-from training import MAIN, Arm, Recipe, say, train_arm
+from training import MAIN, Arm, Recipe, train_arm
 
-import mtjax
-from mtjax import metrics, optim, plots_operators
+from mtjax import plots_operators
 from mtjax.data.pde import darcy
 from mtjax.models.fno import FNO
 from mtjax.models.mt_deeponet import darcy_deeponet, small_deeponet
@@ -45,9 +43,9 @@ SYSTEM = "operators_darcy"
 JOINT, SEPARATE, SHORTER = "joint", "separate", "separate, same total"
 BRANCH_ONLY, LOSS_ONLY, NO_MASK = "mask in the branch only", "mask in the loss only", "no mask"
 HARD, FNO_PEER, UNET_PEER = "joint, hard boundary", "joint, FNO", "joint, U-Net"
+METHODS = ("uncertainty", "pcgrad", "fairgrad")
 ARMS = (JOINT, SEPARATE, SHORTER, BRANCH_ONLY, LOSS_ONLY, NO_MASK, HARD, FNO_PEER, UNET_PEER)
 NO_LEARNING = "mean training field"
-METHODS = {"uncertainty": optim.uncertainty, "pcgrad": optim.pcgrad, "fairgrad": lambda: optim.fairgrad(1.0)}
 # The image is read whole by the peers on the grid; the small DeepONet reads every other pixel.
 FIELDS = darcy.DarcyConfig(target_train=150, input_stride=1)
 DEVELOPED = 50
@@ -153,10 +151,6 @@ def rows_of(split: Mapping[str, Any], *, with_mask: bool = True, first_task: int
     return {"inputs": inputs, "values": 10.0 * split["values"], "task": split["task"] - np.int32(first_task)}
 
 
-def tasks_of(names: Sequence[str]) -> tuple[mtjax.Task, ...]:
-    return tuple(mtjax.Task(name, "regression", metrics=(metrics.relative_l2(),)) for name in names)
-
-
 def domain_of(config: Config, data: Mapping[str, Any], names: Sequence[str]) -> Domain:
     """Masks, and distances to the boundary of these geometries (0 outside, in units of the box, times 4: order one)."""
     described = darcy.domains(config.data)
@@ -169,8 +163,8 @@ def train_arms(
     config: Config, data: Mapping[str, Any], domain: Domain, run: pathlib.Path, resume: bool
 ) -> dict[str, Arm]:
     """Joint and separate networks, the mask in and out, peers on the grid, other objective methods."""
-    tasks, seeds = tasks_of(config.data.sources), range(config.seeds)
-    record = {"config": json.loads(json.dumps(dataclasses.asdict(config)))}
+    tasks, seeds = training.tasks_named(config.data.sources), range(config.seeds)
+    record = {"config": training.plain(config)}
     sampled = config.recipe.points_per_step
 
     def arm(name, *, in_branch=True, in_loss=True, model=None, recipe=config.recipe, points=sampled, **more):
@@ -178,10 +172,8 @@ def train_arms(
         train, validation, test = (rows_of(data[s], with_mask=in_branch) for s in ("train", "validation", "test"))
         options = {"loss": recipe.loss, "points_per_step": points, "inside": in_loss}
         problem = field_problem(model, tasks, domain, train, validation, **options)
-        arms[name] = train_arm(name, problem, test, recipe, seeds, run, resume=resume, record=record, **more)
-        say(arms[name])
+        return train_arm(name, problem, test, recipe, seeds, run, resume=resume, record=record, **more)
 
-    shorter = dataclasses.replace(config.recipe, steps=max(1, config.recipe.steps // len(tasks)))
     fno_recipe, unet_recipe = (
         dataclasses.replace(config.recipe, steps=steps, batch_size=32, learning_rates=config.peer_rates)
         for steps in config.peer_steps
@@ -191,7 +183,7 @@ def train_arms(
     how = {
         JOINT: {},
         SEPARATE: {"separate": True},
-        SHORTER: {"separate": True, "recipe": shorter},
+        SHORTER: {"separate": True, "recipe": config.recipe.shared_among(len(tasks))},
         BRANCH_ONLY: {"in_loss": False},
         LOSS_ONLY: {"in_branch": False},
         NO_MASK: {"in_branch": False, "in_loss": False},
@@ -199,12 +191,7 @@ def train_arms(
         FNO_PEER: {"model": fno, "recipe": fno_recipe, "points": None},
         UNET_PEER: {"model": unet, "recipe": unet_recipe, "points": None},
     }
-    arms: dict[str, Arm] = {}
-    for name in config.arms:
-        arm(name, **how[name])
-    for name in config.methods:
-        arm(f"{JOINT}, {name}", method=METHODS[name]())
-    return arms
+    return training.train_arms(arm, config.arms, how, config.methods, JOINT)
 
 
 def claims(arms: Mapping[str, Arm]) -> list[report.Finding]:
@@ -222,7 +209,7 @@ def claims(arms: Mapping[str, Arm]) -> list[report.Finding]:
 def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
     """All arms, and the transfer to geometries that were not trained on."""
     data = darcy.load(config.data, seed=config.data_seed)
-    tasks, domain = tasks_of(config.data.sources), domain_of(config, data, config.data.sources)
+    tasks, domain = training.tasks_named(config.data.sources), domain_of(config, data, config.data.sources)
     arms = train_arms(config, data, domain, run, resume)
 
     targets = rows_of(data["target_train"], first_task=len(tasks))
@@ -252,8 +239,7 @@ def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
 
     nothing = training.mean_field_error(tasks, data["train"], data["test"], mask=domain.mask)
     rows = report.result_rows(NO_LEARNING, nothing)
-    for name, arm in arms.items():
-        rows += report.result_rows(name, arm.test, baseline=SEPARATE, **arm.cost())
+    rows += training.arm_rows(arms, SEPARATE)
 
     def draw(folder: pathlib.Path) -> list[pathlib.Path]:
         return [

@@ -12,7 +12,6 @@ Results: experiments/results/operators_fisher.json, experiments/results/figures/
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -27,10 +26,10 @@ import training
 import transfer
 from study import Found
 from study import main as run_study
-from training import Arm, Recipe, say, train_arm
+from training import Arm, Recipe, train_arm
 
 import mtjax
-from mtjax import metrics, optim, plots_operators
+from mtjax import plots_operators
 from mtjax.data.pde import fisher
 from mtjax.models.mt_deeponet import fisher_deeponet, small_deeponet, with_code
 from mtjax.train import report
@@ -44,13 +43,6 @@ NO_LEARNING = "mean training field"
 # Not among the training forms: between two of them, and with a power that none of them has.
 MIXED = fisher.Form("mixed", (1, -0.5, -0.5))
 QUARTIC = fisher.Form("quartic", (1, 0, 0, -1))
-METHODS = {
-    "uncertainty": optim.uncertainty,
-    "pcgrad": optim.pcgrad,
-    "fairgrad": lambda: optim.fairgrad(1.0),
-    "nash_mtl": optim.nash_mtl,
-    "upgrad": optim.upgrad,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +78,7 @@ class Config:
     seeds: int = 3
 
     def __post_init__(self):
-        training.check_names("methods", self.methods, METHODS)
+        training.check_names("methods", self.methods, training.METHODS)
         training.check_names("arms", self.arms, ARMS, required=(JOINT, SEPARATE))
 
 
@@ -135,7 +127,7 @@ def rows_of(split: Mapping[str, Any], *, zeroed: bool = False) -> dict[str, Any]
 
 
 def tasks_of(config: fisher.FisherConfig) -> tuple[mtjax.Task, ...]:
-    return tuple(mtjax.Task(form.name, "regression", metrics=(metrics.relative_l2(),)) for form in config.forms)
+    return training.tasks_named(form.name for form in config.forms)
 
 
 def load(config: Config, forms: Sequence[fisher.Form], seed: int) -> dict[str, Any]:
@@ -149,27 +141,20 @@ def train_arms(config: Config, data: Mapping[str, Any], run: pathlib.Path, resum
     model, tasks, seeds = network(config), tasks_of(config.data), range(config.seeds)
     domain = Domain(data["train"]["points"])
     options = {"loss": config.recipe.loss, "points_per_step": config.recipe.points_per_step}
-    record = {"config": json.loads(json.dumps(dataclasses.asdict(config)))}
+    record = {"config": training.plain(config)}
 
     def arm(name, *, zeroed=False, recipe=config.recipe, **more):
         train, validation, test = (rows_of(data[s], zeroed=zeroed) for s in ("train", "validation", "test"))
         problem = field_problem(model, tasks, domain, train, validation, **options)
-        arms[name] = train_arm(name, problem, test, recipe, seeds, run, resume=resume, record=record, **more)
-        say(arms[name])
+        return train_arm(name, problem, test, recipe, seeds, run, resume=resume, record=record, **more)
 
-    shorter = dataclasses.replace(config.recipe, steps=max(1, config.recipe.steps // len(tasks)))
     how = {
         JOINT: {},
         SEPARATE: {"separate": True},
-        SHORTER: {"separate": True, "recipe": shorter},
+        SHORTER: {"separate": True, "recipe": config.recipe.shared_among(len(tasks))},
         ZEROED: {"zeroed": True},
     }
-    arms: dict[str, Arm] = {}
-    for name in config.arms:
-        arm(name, **how[name])
-    for name in config.methods:
-        arm(f"{JOINT}, {name}", method=METHODS[name]())
-    return arms
+    return training.train_arms(arm, config.arms, how, config.methods, JOINT)
 
 
 def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
@@ -186,8 +171,7 @@ def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
     )
     claims = training.findings(asked, arms)
     rows = report.result_rows(NO_LEARNING, training.mean_field_error(tasks, data["train"], data["test"]))
-    for name, arm in arms.items():
-        rows += report.result_rows(name, arm.test, baseline=SEPARATE, **arm.cost())
+    rows += training.arm_rows(arms, SEPARATE)
     return Found(
         tasks,
         [*claims, *moved],

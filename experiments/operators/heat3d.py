@@ -13,7 +13,6 @@ Results: experiments/results/operators_heat3d.json, experiments/results/figures/
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -28,10 +27,10 @@ import numpy as np
 import training
 from study import Found
 from study import main as run_study
-from training import Arm, Recipe, say, train_arm
+from training import Arm, Recipe, train_arm
 
 import mtjax
-from mtjax import metrics, optim, plots_operators
+from mtjax import metrics, plots_operators
 from mtjax.data.pde import heat3d
 from mtjax.models.mt_deeponet import heat3d_deeponet, small_deeponet
 from mtjax.nn.output_transforms import apply_mask, standardised
@@ -43,9 +42,9 @@ SYSTEM = "operators_heat3d"
 ABOVE = "relative_l2_above_minimum"
 JOINT, ZEROED = "joint", "joint, design zeroed"
 SEPARATE, SHORTER = "a network per number of holes", "a network per number of holes, same total"
+METHODS = ("uncertainty", "pcgrad", "fairgrad")
 ARMS = (JOINT, SEPARATE, SHORTER, ZEROED)
 MEAN_FIELD, INTERPOLATED = "mean training field", "interpolation in the radius"
-METHODS = {"uncertainty": optim.uncertainty, "pcgrad": optim.pcgrad, "fairgrad": lambda: optim.fairgrad(1.0)}
 PLATES = heat3d.HeatConfig()
 
 
@@ -111,7 +110,7 @@ def network(config: Config) -> Any:
 
 def tasks_of(config: Config) -> tuple[mtjax.Task, ...]:
     measured = (metrics.relative_l2(), metrics.relative_l2("minimum"))
-    return tuple(mtjax.Task(f"{n} holes", "regression", metrics=measured) for n in config.data.holes)
+    return training.tasks_named((f"{n} holes" for n in config.data.holes), measured)
 
 
 def rows_of(split: Mapping[str, Any], *, zeroed: bool = False) -> dict[str, Any]:
@@ -160,28 +159,22 @@ def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
     """All arms, beside predictions without learning."""
     data, tasks = heat3d.load(config.data), tasks_of(config)
     model, domain, seeds = network(config), domain_of(data, config), range(config.seeds)
-    record = {"config": json.loads(json.dumps(dataclasses.asdict(config)))}
+    record = {"config": training.plain(config)}
     options = {"loss": config.recipe.loss, "points_per_step": config.recipe.points_per_step}
-    arms: dict[str, Arm] = {}
 
     def arm(name, *, zeroed=False, recipe=config.recipe, **more):
         train, test = (rows_of(data[split], zeroed=zeroed) for split in ("train", "test"))
         # There are 24 designs to train on and none to spare: rates are chosen on the training designs.
         problem = field_problem(model, tasks, domain, train, train, eval_batch_size=8, **options)
-        arms[name] = train_arm(name, problem, test, recipe, seeds, run, resume=resume, record=record, **more)
-        say(arms[name])
+        return train_arm(name, problem, test, recipe, seeds, run, resume=resume, record=record, **more)
 
-    shorter = dataclasses.replace(config.recipe, steps=max(1, config.recipe.steps // len(tasks)))
     how = {
         JOINT: {},
         SEPARATE: {"separate": True},
-        SHORTER: {"separate": True, "recipe": shorter},
+        SHORTER: {"separate": True, "recipe": config.recipe.shared_among(len(tasks))},
         ZEROED: {"zeroed": True},
     }
-    for name in config.arms:
-        arm(name, **how[name])
-    for name in config.methods:
-        arm(f"{JOINT}, {name}", method=METHODS[name]())
+    arms = training.train_arms(arm, config.arms, how, config.methods, JOINT)
 
     twice = {"factor": 2.0, "better": False, "metric": ABOVE}
     asked = (
@@ -192,8 +185,7 @@ def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
     nothing = baselines(data, tasks)
     claims = [*training.findings(asked, arms), against_interpolation(arms[JOINT], nothing[INTERPOLATED])]
     rows = [row for name, results in nothing.items() for row in report.result_rows(name, results)]
-    for name, of in arms.items():
-        rows += report.result_rows(name, of.test, baseline=INTERPOLATED, **of.cost())
+    rows += training.arm_rows(arms, INTERPOLATED)
 
     def draw(folder: pathlib.Path) -> list[pathlib.Path]:
         figure = slices(config, data["test"], domain, arms[JOINT])

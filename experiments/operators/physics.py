@@ -34,7 +34,6 @@ twice the larger rate the residual diverges.)
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import sys
@@ -54,7 +53,7 @@ from study import main as run_study
 from training import MAIN, Arm, Recipe, say, train_arm
 
 import mtjax
-from mtjax import metrics, optim, physics, plots_operators
+from mtjax import optim, physics, plots_operators
 from mtjax.data.pde import fisher
 from mtjax.models.deeponet import DeepONet
 from mtjax.models.mt_deeponet import with_code
@@ -326,11 +325,11 @@ def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
     """All arms at one budget, what their losses came to on test functions, and the claims."""
     sizes = {f"{name}_per_form": getattr(config, f"{name}_per_form") for name in ("train", "validation", "test")}
     data = fisher.load(config.data, seed=config.data_seed, **sizes)
-    tasks = tuple(mtjax.Task(form.name, "regression", metrics=(metrics.relative_l2(),)) for form in config.data.forms)
+    tasks = training.tasks_named(form.name for form in config.data.forms)
     train = rows_of(config.data, data["train"], labelled=False)
     validation, test = (rows_of(config.data, data[name], labelled=True) for name in ("validation", "test"))
     few = first_of_each(rows_of(config.data, data["train"], labelled=True), len(tasks), config.labelled_per_form)
-    record = {"config": json.loads(json.dumps(dataclasses.asdict(config)))}
+    record = {"config": training.plain(config)}
     steps = config.recipe.budget(len(train["task"]))[1]
     losses = Losses(network(config), config.data, config.recipe.points_per_step)
     arms: dict[str, Arm] = {}

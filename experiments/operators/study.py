@@ -4,14 +4,13 @@ A study is a function from a configuration to what it found; everything around i
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from training import MAIN, Interrupted
+from training import MAIN, Interrupted, plain
 
 import mtjax
 from mtjax.train import command, report, tables
@@ -78,7 +77,7 @@ def run(
     config = override(presets[args.preset], args.set)
     config = dataclasses.replace(config, seeds=config.seeds if args.seeds is None else args.seeds)
     where = report.provenance(outputs=[directory, ROOT / "results"])
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    settings = plain(config)
     if args.resume and command.read_run(directory).get("config") != settings:
         raise ValueError(f"--resume: {directory} was started with other sizes than this version of the script has")
     command.write_run(directory, args, config=settings)

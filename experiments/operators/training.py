@@ -10,9 +10,10 @@ Letters: K tasks, S seeds, R learning rates, L lanes.
 
 import dataclasses
 import itertools
+import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ import numpy as np
 import optax
 
 import mtjax
+from mtjax import optim
+from mtjax.metrics import Metric, relative_l2
 from mtjax.models.mt_deeponet_training import small_optimizer
 from mtjax.optim.base import Method
 from mtjax.train import Problem, TrainConfig, fit_problem, report
@@ -29,6 +32,16 @@ from mtjax.train.state import OptimizerFactory
 
 PyTree = Any
 MAIN = "relative_l2"
+
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "uncertainty": optim.uncertainty,
+    "pcgrad": optim.pcgrad,
+    "fairgrad": lambda: optim.fairgrad(1.0),
+    "nash_mtl": optim.nash_mtl,
+    "upgrad": optim.upgrad,
+}
+"""Methods over tasks that a joint network can be trained with, beside the sum."""
 
 
 class Interrupted(Exception):
@@ -60,6 +73,10 @@ class Recipe:
             raise ValueError(f"steps and batch_size must be >= 1, got {self.steps} and {self.batch_size}")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ValueError(f"learning_rates must be at least one number > 0, got {self.learning_rates}")
+
+    def shared_among(self, num_networks: int) -> "Recipe":
+        """The same total of steps for several networks."""
+        return dataclasses.replace(self, steps=max(1, self.steps // num_networks))
 
     def optimizer(self, steps: int) -> OptimizerFactory:
         """`learning_rate -> Adam` whose rate ends at zero after that many steps."""
@@ -223,6 +240,47 @@ def train_arm(
         functions_per_s=fitted.rows_per_s,
         compile_s=fitted.compile_s,
     )
+
+
+def tasks_named(names: Iterable[str], measured: Sequence[Metric] = (relative_l2(),)) -> tuple[mtjax.Task, ...]:
+    """Tasks of fields, judged by their relative error."""
+    return tuple(mtjax.Task(name, "regression", metrics=tuple(measured)) for name in names)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration as JSON has it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def train_arms(
+    arm: Callable[..., Arm],
+    names: Sequence[str],
+    how: Mapping[str, Mapping[str, Any]],
+    methods: Sequence[str],
+    joint: str,
+) -> dict[str, Arm]:
+    """Trains arms, then the joint one with other methods, and says what each came to.
+
+    Args:
+      arm: `(name, **options) -> Arm`.
+      names: of the arms.
+      how: options by name.
+      methods: names in `METHODS`.
+      joint: name of the joint arm.
+    """
+    wanted = {name: how[name] for name in names} | {f"{joint}, {name}": {"method": METHODS[name]()} for name in methods}
+    arms = {}
+    for name, options in wanted.items():
+        arms[name] = arm(name, **options)
+        say(arms[name])
+    return arms
+
+
+def arm_rows(arms: Mapping[str, Arm], baseline: str) -> list[report.Row]:
+    """Report rows of the test errors of all arms, with what they cost."""
+    return [
+        row for name, arm in arms.items() for row in report.result_rows(name, arm.test, baseline=baseline, **arm.cost())
+    ]
 
 
 def _reshaped(results: Mapping[str, Mapping[str, np.ndarray]], shape: tuple[int, ...]):

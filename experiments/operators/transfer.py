@@ -13,10 +13,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from training import MAIN, Arm, Recipe, against, say, train_arm
+from training import MAIN, Arm, Recipe, against, say, tasks_named, train_arm
 
 import mtjax
-from mtjax import metrics
 from mtjax.models import mt_deeponet_training
 from mtjax.train import report
 from mtjax.train.fields import Domain, field_problem
@@ -43,7 +42,7 @@ class Target:
     options: Mapping[str, Any]
 
     def tasks(self) -> tuple[mtjax.Task, ...]:
-        return tuple(mtjax.Task(name, "regression", metrics=(metrics.relative_l2(),)) for name in self.names)
+        return tasks_named(self.names)
 
     def problem(self, examples: int):
         """With the first m training functions of every target."""
