@@ -265,13 +265,22 @@ def fit_problem(
     chunk_steps = min(config.steps_per_dispatch, eval_every)
     rows_per_step = batches.batch_size * len(seeds)
 
-    run_chunk = make_train_chunk(make_train_step(problem.loss_fn, method, optimizer, chunk_size=config.chunk_size))
+    how = {"chunk_size": config.chunk_size, "carries": problem.init_carry is not None}
+    run_chunk = make_train_chunk(make_train_step(problem.loss_fn, method, optimizer, **how))
     evaluate = problem.evaluator(False)
-    probe = make_conflict_probe(problem.loss_fn, chunk_size=config.chunk_size) if config.conflict_rows else None
+    probe = make_conflict_probe(problem.loss_fn, **how) if config.conflict_rows else None
 
     names, groups = problem.loss_names, len(tasks) if per_task else 1
     state = create_lanes(
-        problem.init_params, method, optimizer, seeds, rates, num_tasks=len(names), num_groups=groups, start=start
+        problem.init_params,
+        method,
+        optimizer,
+        seeds,
+        rates,
+        num_tasks=len(names),
+        num_groups=groups,
+        start=start,
+        init_carry=problem.init_carry,
     )
     log = RunLog.empty(len(seeds), len(names))
     described = {
@@ -308,7 +317,7 @@ def fit_problem(
         entry = {"step": step, "epoch": step / steps_per_epoch, "metrics": measured}
         if probe is not None:
             rows = jax.tree.map(lambda column: column[: config.conflict_rows], data)
-            entry["cosine"] = np.asarray(probe(better.params, rows, jax.random.key(0))).tolist()
+            entry["cosine"] = np.asarray(probe(better, rows, jax.random.key(0))).tolist()
         writer.write(log.close(entry))
         return better, "  ".join(f"{t.name} {np.mean(results[t.name][t.main_metric.name]):.3f}" for t in tasks)
 

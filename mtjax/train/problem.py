@@ -34,6 +34,9 @@ class Problem:
       losses: names of the losses in their order, where they are not one to one with the tasks (the residual and the
         initial condition of an equation, evaluated on several of its forms): they are what a method weighs. None:
         those of the tasks.
+      init_carry: what the losses carry from step to step, such as running estimates, at the start of a lane. `loss_fn`
+        then finds it in `batch['carry']` and returns `(losses, carry)`; it is part of the state, so a resumed run has
+        it. None: nothing.
 
     Raises:
       ValueError: if `losses` is empty or names a loss twice.
@@ -46,6 +49,7 @@ class Problem:
     init_params: Callable[[jax.Array], PyTree]
     evaluator: Callable[[bool], Evaluator]
     losses: Sequence[str] | None = None
+    init_carry: Callable[[], PyTree] | None = None
 
     def __post_init__(self):
         if self.losses is not None and not 0 < len(self.losses) == len(set(self.losses)):

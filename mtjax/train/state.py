@@ -47,6 +47,7 @@ class TrainState:
       rng: base key of the run; step t uses fold_in(rng, t).
       learning_rate: f32[], kept here so that runs with different rates share one compiled step.
       best: see `Best`.
+      carry: what the losses carry from step to step (`Problem.init_carry`); () if nothing.
     """
 
     step: jax.Array
@@ -56,6 +57,7 @@ class TrainState:
     rng: jax.Array
     learning_rate: jax.Array
     best: Best
+    carry: PyTree = ()
 
     @classmethod
     def create(
@@ -69,6 +71,7 @@ class TrainState:
         num_tasks: int,
         num_groups: int = 1,
         start: PyTree | None = None,
+        init_carry: Callable[[], PyTree] | None = None,
     ) -> "TrainState":
         """A fresh run, from the parameters `start` if given; jit and vmap over `seed`, `learning_rate` and `start`."""
         init_key, run_key = jax.random.split(jax.random.key(seed))
@@ -86,6 +89,7 @@ class TrainState:
                 step=jnp.zeros((num_groups,), jnp.int32),
                 stale=jnp.zeros((num_groups,), jnp.int32),
             ),
+            carry=() if init_carry is None else jax.tree.map(jnp.asarray, init_carry()),
         )
 
 
@@ -109,6 +113,7 @@ def create_lanes(
     num_tasks: int,
     num_groups: int = 1,
     start: PyTree | None = None,
+    init_carry: Callable[[], PyTree] | None = None,
 ) -> TrainState:
     """Fresh runs, stacked: every leaf has a leading axis L, as those of `start`. A lane does not depend on the others.
 
@@ -119,7 +124,9 @@ def create_lanes(
     def create(lane):
         seed, rate, start = lane
         sizes = {"num_tasks": num_tasks, "num_groups": num_groups}
-        return TrainState.create(init_params, method, optimizer, seed, rate, **sizes, start=start)
+        return TrainState.create(
+            init_params, method, optimizer, seed, rate, **sizes, start=start, init_carry=init_carry
+        )
 
     lanes = (jnp.asarray(seeds), jnp.asarray(learning_rates, jnp.float32), jax.tree.map(jnp.asarray, start))
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

@@ -61,7 +61,12 @@ def supervised_loss(
 
 
 def make_train_step(
-    loss_fn: Callable, method: Method, optimizer: OptimizerFactory, *, chunk_size: int | None = None
+    loss_fn: Callable,
+    method: Method,
+    optimizer: OptimizerFactory,
+    *,
+    chunk_size: int | None = None,
+    carries: bool = False,
 ) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
     """Builds `(state, batch) -> (state, metrics)`.
 
@@ -70,21 +75,29 @@ def make_train_step(
       method: a multi-objective method.
       optimizer: `learning_rate -> optax transformation`, e.g. `optax.adamw`.
       chunk_size: backward passes at once (see `value_and_jacobian`).
+      carries: whether the losses carry something from step to step: `loss_fn` then finds it in `batch['carry']` and
+        returns `(losses, carry)`.
     """
-    gradient_fn = value_and_update(loss_fn, method, chunk_size=chunk_size)
+    gradient_fn = value_and_update(loss_fn, method, has_aux=carries, chunk_size=chunk_size)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
         rng = jax.random.fold_in(state.rng, state.step)
-        losses, gradient, method_state = gradient_fn(state.params, state.method_state, batch, rng)
+        if carries:
+            batch = {**batch, "carry": state.carry}
+        result, gradient, method_state = gradient_fn(state.params, state.method_state, batch, rng)
+        losses, carry = result if carries else (result, state.carry)
         updates, opt_state = optimizer(state.learning_rate).update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if observes(method):
-            method_state = observe(method, method_state, loss_fn(params, batch, rng))
+            after = loss_fn(params, batch, rng)
+            method_state = observe(method, method_state, after[0] if carries else after)
         if getattr(method, "nonfinite", "propagate") == "skip_step":
             # Neither momentum nor weight decay may move the parameters.
-            old = (state.params, state.opt_state)
-            params, opt_state = choose(method_state.present.all(), (params, opt_state), old)
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, method_state=method_state)
+            old = (state.params, state.opt_state, state.carry)
+            params, opt_state, carry = choose(method_state.present.all(), (params, opt_state, carry), old)
+        state = state.replace(
+            step=state.step + 1, params=params, opt_state=opt_state, method_state=method_state, carry=carry
+        )
         return state, StepMetrics(losses, getattr(method_state, "weights", None))
 
     return train_step
@@ -119,11 +132,12 @@ def make_train_chunk(train_step: Callable) -> Callable:
     return jax.jit(jax.vmap(run, in_axes=(0, None, 0, None)), donate_argnums=0)
 
 
-def make_conflict_probe(loss_fn: Callable, *, chunk_size: int | None = None) -> Callable:
-    """`(params [L, ...], batch, rng) -> f32[K, K]`, jitted: cosines of the first lane's per-task gradients."""
+def make_conflict_probe(loss_fn: Callable, *, chunk_size: int | None = None, carries: bool = False) -> Callable:
+    """`(state [L, ...], batch, rng) -> f32[K, K]`, jitted: cosines of the first lane's per-task gradients."""
+    jacobian_fn = value_and_jacobian(loss_fn, has_aux=carries, chunk_size=chunk_size)
 
-    def probe(params, batch, rng):
-        first = jax.tree.map(lambda leaf: leaf[0], params)
-        return conflict(value_and_jacobian(loss_fn, chunk_size=chunk_size)(first, batch, rng)[1]).cosine
+    def probe(state, batch, rng):
+        params, carry = jax.tree.map(lambda leaf: leaf[0], (state.params, state.carry))
+        return conflict(jacobian_fn(params, {**batch, "carry": carry} if carries else batch, rng)[1]).cosine
 
     return jax.jit(probe)

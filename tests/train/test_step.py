@@ -219,7 +219,7 @@ def test_finite_tells_which_lane_diverged(chunked):
 
 def test_conflict_probe_is_the_cosine_of_per_task_gradients(problem):
     train, _, _, loss_fn, params = problem
-    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf * 2]), params)
+    stacked = make_state(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf * 2]), params), mtjax.optim.linear())
     key = jax.random.key(0)
     cosine = make_conflict_probe(loss_fn)(stacked, train, key)
     rows = rows_one_by_one(loss_fn, params, train)
