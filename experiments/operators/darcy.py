@@ -25,9 +25,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 import training
 import transfer
-from study import Found
-from study import main as run_study
-from training import MAIN, Arm, Recipe, train_arm
+from training import MAIN, Arm, Recipe, run_study, train_arm
 
 from mtjax import plots_operators
 from mtjax.data.pde import darcy
@@ -38,6 +36,7 @@ from mtjax.nn.output_transforms import apply_mask, hard_boundary
 from mtjax.train import report
 from mtjax.train.compare import mean_and_se
 from mtjax.train.fields import Domain, field_problem, predict_fields
+from mtjax.train.study import Found, plain
 
 SYSTEM = "operators_darcy"
 JOINT, SEPARATE, SHORTER = "joint", "separate", "separate, same total"
@@ -164,7 +163,7 @@ def train_arms(
 ) -> dict[str, Arm]:
     """Joint and separate networks, the mask in and out, peers on the grid, other objective methods."""
     tasks, seeds = training.tasks_named(config.data.sources), range(config.seeds)
-    record = {"config": training.plain(config)}
+    record = {"config": plain(config)}
     sampled = config.recipe.points_per_step
 
     def arm(name, *, in_branch=True, in_loss=True, model=None, recipe=config.recipe, points=sampled, **more):

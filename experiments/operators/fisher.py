@@ -24,9 +24,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 import training
 import transfer
-from study import Found
-from study import main as run_study
-from training import Arm, Recipe, train_arm
+from training import Arm, Recipe, run_study, train_arm
 
 import mtjax
 from mtjax import plots_operators
@@ -34,6 +32,7 @@ from mtjax.data.pde import fisher
 from mtjax.models.mt_deeponet import fisher_deeponet, small_deeponet, with_code
 from mtjax.train import report
 from mtjax.train.fields import Domain, field_problem, predict_fields
+from mtjax.train.study import Found, plain
 
 DATA, RECIPE = fisher.FisherConfig(), Recipe(learning_rates=(5e-3,))
 SYSTEM = "operators_fisher"
@@ -141,7 +140,7 @@ def train_arms(config: Config, data: Mapping[str, Any], run: pathlib.Path, resum
     model, tasks, seeds = network(config), tasks_of(config.data), range(config.seeds)
     domain = Domain(data["train"]["points"])
     options = {"loss": config.recipe.loss, "points_per_step": config.recipe.points_per_step}
-    record = {"config": training.plain(config)}
+    record = {"config": plain(config)}
 
     def arm(name, *, zeroed=False, recipe=config.recipe, **more):
         train, validation, test = (rows_of(data[s], zeroed=zeroed) for s in ("train", "validation", "test"))

@@ -25,9 +25,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax.numpy as jnp
 import numpy as np
 import training
-from study import Found
-from study import main as run_study
-from training import Arm, Recipe, train_arm
+from training import Arm, Recipe, run_study, train_arm
 
 import mtjax
 from mtjax import metrics, plots_operators
@@ -37,6 +35,7 @@ from mtjax.nn.output_transforms import apply_mask, standardised
 from mtjax.train import report
 from mtjax.train.compare import mean_and_se, verdict
 from mtjax.train.fields import Domain, field_problem, predict_fields
+from mtjax.train.study import Found, plain
 
 SYSTEM = "operators_heat3d"
 ABOVE = "relative_l2_above_minimum"
@@ -159,7 +158,7 @@ def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
     """All arms, beside predictions without learning."""
     data, tasks = heat3d.load(config.data), tasks_of(config)
     model, domain, seeds = network(config), domain_of(data, config), range(config.seeds)
-    record = {"config": training.plain(config)}
+    record = {"config": plain(config)}
     options = {"loss": config.recipe.loss, "points_per_step": config.recipe.points_per_step}
 
     def arm(name, *, zeroed=False, recipe=config.recipe, **more):

@@ -48,9 +48,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import training
-from study import Found
-from study import main as run_study
-from training import MAIN, Arm, Recipe, say, train_arm
+from training import MAIN, Arm, Recipe, run_study, say, train_arm
 
 import mtjax
 from mtjax import optim, physics, plots_operators
@@ -63,6 +61,7 @@ from mtjax.optim import base as optim_base
 from mtjax.optim.base import Method
 from mtjax.train import Problem, report
 from mtjax.train.fields import Domain, field_problem, make_field_evaluate
+from mtjax.train.study import Found, plain
 
 PyTree = Any
 SYSTEM = "operators_physics"
@@ -329,7 +328,7 @@ def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
     train = rows_of(config.data, data["train"], labelled=False)
     validation, test = (rows_of(config.data, data[name], labelled=True) for name in ("validation", "test"))
     few = first_of_each(rows_of(config.data, data["train"], labelled=True), len(tasks), config.labelled_per_form)
-    record = {"config": training.plain(config)}
+    record = {"config": plain(config)}
     steps = config.recipe.budget(len(train["task"]))[1]
     losses = Losses(network(config), config.data, config.recipe.points_per_step)
     arms: dict[str, Arm] = {}
@@ -360,7 +359,7 @@ def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
         rows += report.result_rows(name, {**found.test, **worst}, baseline=SUM, **found.cost())
     of_test = losses_on(losses, arms, test)
     return Found(
-        (*tasks, mtjax.Task(WORST, "regression")),
+        (*tasks, *training.tasks_named([WORST])),
         training.findings(claims(config), arms),
         rows,
         lambda folder: draw(config, test, arms, folder),

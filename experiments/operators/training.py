@@ -10,7 +10,6 @@ Letters: K tasks, S seeds, R learning rates, L lanes.
 
 import dataclasses
 import itertools
-import json
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,9 +28,12 @@ from mtjax.train import Problem, TrainConfig, fit_problem, report
 from mtjax.train.compare import mean_and_se, verdict
 from mtjax.train.evaluate import num_rows
 from mtjax.train.state import OptimizerFactory
+from mtjax.train.study import Found, Interrupted
+from mtjax.train.study import main as run_any_study
 
 PyTree = Any
 MAIN = "relative_l2"
+RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
 
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -42,10 +44,6 @@ METHODS: dict[str, Callable[[], Method]] = {
     "upgrad": optim.upgrad,
 }
 """Methods over tasks that a joint network can be trained with, beside the sum."""
-
-
-class Interrupted(Exception):
-    """A signal ended a training; what is finished is on file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,11 +245,6 @@ def tasks_named(names: Iterable[str], measured: Sequence[Metric] = (relative_l2(
     return tuple(mtjax.Task(name, "regression", metrics=tuple(measured)) for name in names)
 
 
-def plain(config: Any) -> dict[str, Any]:
-    """A configuration as JSON has it."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
 def train_arms(
     arm: Callable[..., Arm],
     names: Sequence[str],
@@ -345,3 +338,14 @@ def check_names(field: str, names: Sequence[str], known: Sequence[str], required
     missing = [name for name in required if name not in names]
     if missing:
         raise ValueError(f"{field} must hold '{missing[0]}', got {', '.join(names) or 'none'}")
+
+
+def run_study(
+    argv: Sequence[str] | None,
+    description: str,
+    system: str,
+    presets: Mapping[str, Any],
+    body: Callable[[Any, pathlib.Path, bool], Found],
+) -> int:
+    """A script of this family: its numbers are errors."""
+    return run_any_study(argv, description, system, presets, body, RESULTS, {"higher_is_better": False})

@@ -1,24 +1,32 @@
-"""The command line of the studies of operator learning: presets, run directory, report, figures.
+"""The command line of a study: presets, run directory, resuming, report, figures.
 
-A study is a function from a configuration to what it found; everything around it is here.
+A study is a function from a configuration to what it found; everything around it is here, once for every family of
+experiments.
 """
 
 import dataclasses
+import json
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from training import MAIN, Interrupted, plain
-
-import mtjax
+from mtjax.tasks import Task
 from mtjax.train import command, report, tables
 from mtjax.train.config import override
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 KEPT = "study"
 """The preset whose results are kept."""
+
+
+class Interrupted(Exception):
+    """A signal ended a training; what is finished is on file."""
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration, a dataclass, as JSON has it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 @dataclasses.dataclass
@@ -44,14 +52,14 @@ class Found:
     """What a study found.
 
     Attributes:
-      tasks: the tasks of the table.
+      tasks: the tasks of the table; their main metrics are shown.
       findings: the paper's claims and what was measured.
       rows: of the report.
       draw: folder -> figures.
       details: more to keep.
     """
 
-    tasks: Sequence[mtjax.Task]
+    tasks: Sequence[Task]
     findings: Sequence[report.Finding]
     rows: Sequence[report.Row]
     draw: Callable[[pathlib.Path], Sequence[pathlib.Path]]
@@ -63,20 +71,24 @@ def run(
     system: str,
     presets: Mapping[str, Any],
     body: Callable[[Any, pathlib.Path, bool], Found],
+    results: pathlib.Path,
+    row_defaults: Mapping[str, Any] | None = None,
 ) -> int:
     """Runs a study; returns the exit status.
 
     Args:
       args: of the command line.
-      system: name of the report and of the figures.
+      system: name of the report and of the figures, family_name.
       presets: name -> configuration, a dataclass with a field `seeds`.
-      body: `(configuration, run directory, resume) -> Found`.
+      body: `(configuration, run directory, resume) -> Found`; may raise `Interrupted`.
+      results: folder where the report and the figures of the preset `KEPT` are kept.
+      row_defaults: entries of every row of the report that does not have them.
     """
     began = time.perf_counter()
     args, directory = command.settle_run(args, pathlib.Path("runs") / system)
     config = override(presets[args.preset], args.set)
     config = dataclasses.replace(config, seeds=config.seeds if args.seeds is None else args.seeds)
-    where = report.provenance(outputs=[directory, ROOT / "results"])
+    where = report.provenance(outputs=[directory, results])
     settings = plain(config)
     if args.resume and command.read_run(directory).get("config") != settings:
         raise ValueError(f"--resume: {directory} was started with other sizes than this version of the script has")
@@ -91,17 +103,16 @@ def run(
         preset=args.preset,
         seeds=range(config.seeds),
         wall_s=round(time.perf_counter() - began, 1),
-        rows=[{"higher_is_better": False} | row for row in found.rows],
+        rows=[dict(row_defaults or {}) | row for row in found.rows],
         provenance=where,
         details={"config": settings, **found.details},
     )
     shown = [row for row in result.rows if "examples" not in row]
-    tables.print_report(
-        dataclasses.replace(result, rows=shown), metrics=dict.fromkeys((task.name for task in found.tasks), MAIN)
-    )
+    main_metrics = {task.name: task.main_metric.name for task in found.tasks}
+    tables.print_report(dataclasses.replace(result, rows=shown), metrics=main_metrics)
     pictures = found.draw(directory / "figures")
     kept = args.preset == KEPT and (args.seeds, args.set) == (None, ())
-    command.publish(result, directory, pictures, ROOT / "results" if kept else None)
+    command.publish(result, directory, pictures, results if kept else None)
     return 0
 
 
@@ -111,11 +122,13 @@ def main(
     system: str,
     presets: Mapping[str, Any],
     body: Callable[[Any, pathlib.Path, bool], Found],
+    results: pathlib.Path,
+    row_defaults: Mapping[str, Any] | None = None,
 ) -> int:
-    """The script: parses the command line and runs the study."""
+    """The script: parses the command line and runs the study (arguments as for `run`)."""
     import tyro
 
-    name = f"{system.removeprefix('operators_')}.py"
     argv = list(sys.argv[1:] if argv is None else argv)
+    name = f"{system.split('_', 1)[1]}.py"
     arguments = tyro.cli(Arguments, args=argv, prog=name, description=description)
-    return command.run_command(lambda: run(arguments, system, presets, body))
+    return command.run_command(lambda: run(arguments, system, presets, body, results, row_defaults))
