@@ -128,7 +128,7 @@ class Config:
 STUDY = Config()
 DEMO = Config(
     data=rooms.RoomsConfig(size=32, train=512, validation=128, test=128),
-    recipe=Recipe(steps=150, learning_rates=(2e-3,)),
+    recipe=Recipe(steps=200, learning_rates=(2e-3,)),
     arms=(INFORMED, BALANCED),
     kept=(4,),
     new_steps=60,

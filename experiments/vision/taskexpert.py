@@ -78,7 +78,7 @@ class Config:
 STUDY = Config()
 DEMO = Config(
     data=rooms.RoomsConfig(size=32, train=1024, validation=128, test=256),
-    recipe=Recipe(steps=150, learning_rates=(2e-3,)),
+    recipe=Recipe(steps=200, learning_rates=(2e-3,)),
     arms=(LAST, NO_MEMORY, FULL),
 )
 SMOKE = Config(
