@@ -140,7 +140,7 @@ def expert_config(config: Config, router: Literal["single", "task_conditioned", 
         top_k=config.top_k,
         expert_ratio=config.expert_ratio,
         router=router,
-        dispatch=Dispatch("sort_capacity", capacity_factor=2.0),
+        dispatch=Dispatch("auto"),
     )
 
 

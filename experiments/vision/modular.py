@@ -79,7 +79,7 @@ MODEL = ModSquadConfig(
     top_k=2,
     attention_experts=8,
     attention_top_k=4,
-    dispatch=Dispatch("sort_capacity", capacity_factor=2.0),
+    dispatch=Dispatch("auto"),
 )
 RECIPE = Recipe()
 
@@ -143,7 +143,7 @@ SMOKE = Config(
         top_k=2,
         attention_experts=4,
         attention_top_k=2,
-        dispatch=Dispatch("sort_capacity", capacity_factor=2.0),
+        dispatch=Dispatch("auto"),
     ),
     recipe=Recipe(steps=2, batch_size=4, learning_rates=(2e-3,)),
     arms=(INFORMED, BALANCED),

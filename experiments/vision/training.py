@@ -45,10 +45,10 @@ class Recipe:
       weight_decay: of AdamW.
     """
 
-    steps: int = 1200
+    steps: int = 1000
     batch_size: int = 8
     learning_rates: tuple[float, ...] = (1e-3, 3e-3)
-    tuning_steps: int = 300
+    tuning_steps: int = 250
     warmup: float = 0.05
     weight_decay: float = 1e-4
 
