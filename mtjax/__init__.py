@@ -6,14 +6,15 @@ through per-task gradients, those through a multi-objective transform, and its d
     losses, jacobian = mtjax.value_and_jacobian(loss_fn)(params, batch)
     updates, state = optax.chain(mtjax.optim.pcgrad(), optax.adamw(1e-3)).update(jacobian, state, params)
 
-Rooms: `tasks`, `losses`, `metrics`, `delta`, `gradients`, `optim`, `nn`, `models`, `physics`, `data`, `train`, `plots`.
+Rooms: `tasks`, `dense_tasks`, `losses`, `metrics`, `delta`, `gradients`, `optim`, `nn`, `models`, `physics`, `data`,
+`train`, `plots`.
 """
 
 from mtjax import _compat
 
 _compat.check_jaxlib()
 
-from mtjax import losses, metrics, optim
+from mtjax import dense_tasks, losses, metrics, optim
 from mtjax.delta import DeltaM, delta_m, delta_table
 from mtjax.gradients import (
     Conflict,
@@ -37,6 +38,7 @@ __all__ = [
     "Task",
     "combine",
     "conflict",
+    "dense_tasks",
     "delta_m",
     "delta_table",
     "directional_derivatives",

@@ -45,7 +45,7 @@ LAST, CONCATENATED, NO_MEMORY, FULL = (
 ARMS = (LAST, CONCATENATED, NO_MEMORY, FULL)
 DATA = rooms.RoomsConfig(size=32, train=2048, validation=128, test=512)
 DECODER = TaskExpertConfig(ViTConfig(patch=4, width=64, depth=4, num_heads=4), num_experts=4, width=16, upsample=2)
-RECIPE = Recipe()
+RECIPE = Recipe(steps=700, tuning_steps=175)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Data: one source per file. Nothing here imports `nn` or `models`."""
 
-from mtjax.data import acs_income, aliexpress, digits, flights, higgs, pde
+from mtjax.data import acs_income, aliexpress, digits, flights, higgs, pde, rooms, vision
 from mtjax.data.encoders import TabularEncoder
 from mtjax.data.mmoe_synthetic import MMoESynthetic
 from mtjax.data.multitab_bench import MultiTabBench
@@ -20,4 +20,6 @@ __all__ = [
     "flights",
     "higgs",
     "pde",
+    "rooms",
+    "vision",
 ]
