@@ -14,6 +14,7 @@ and with all, by a process for each, as JAX takes its threads at its start.
     skew      backends that never drop, where experts are used unevenly
     seeds     four seeds by vmap, with data and parameters of their own
     parallel  bytes between 8 (simulated) devices: the compiled program's and the formula's
+    step, extract, compile    whole models: see moe_models.py
 
 Results are in results/moe.json and MOE_COST.md. The choice of `Dispatch('auto')` rests on them.
 """
@@ -32,6 +33,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import moe_cases as cases
+import moe_models as models
 import moe_table as table
 from operators_measure import in_turns, load, say
 
@@ -55,12 +57,13 @@ class Sizes:
     turns: int = 9
     patience: float = 30.0  # seconds to wait for quiet moments, for each comparison
     seconds: float = 0.03  # of a turn
+    quick: bool = False
 
 
 class Quick(Sizes):
     shapes = (cases.Shape("tiny", 32, 6, 5, 4, 2),)
     small = ()
-    seeds, turns, patience, seconds = 2, 2, 0.0, 0.0
+    seeds, turns, patience, seconds, quick = 2, 2, 0.0, 0.0, True
 
 
 # Sections. Each returns rows: dictionaries of numbers and words.
@@ -138,6 +141,9 @@ SECTIONS: dict[str, Callable[[type[Sizes]], list[dict]]] = {
     "skew": skew,
     "seeds": seeds,
     "parallel": parallel,
+    "step": models.step,
+    "extract": models.extract,
+    "compile": models.compile_time,
 }
 
 
@@ -202,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         if args.quick:
             rows = [row | {"threads": len(cores)} for row in SECTIONS[name](sizes)]
         else:
-            several = [1] if name == "parallel" else args.threads or sorted({1, len(cores)})
+            several = [1] if name in ("parallel", "compile") else args.threads or sorted({1, len(cores)})
             rows = in_processes(name, several, shared)
         seconds = round(time.perf_counter() - began, 1)
         content["sections"][name] = {"where": where | {"load": busy}, "wall_s": seconds, "rows": rows}

@@ -117,6 +117,13 @@ def cases(
     return found
 
 
+def compile_seconds(function: Callable, arguments: tuple) -> float:
+    """Seconds of tracing and compiling; arguments may be abstract."""
+    began = time.perf_counter()
+    jax.jit(function).lower(*arguments).compile()
+    return time.perf_counter() - began
+
+
 def timed(name: str, function: Callable, arguments: tuple, seconds: float) -> Timed:
     began = time.perf_counter()
     compiled = jax.jit(function).lower(*arguments).compile()

@@ -53,12 +53,21 @@ def render(content: dict) -> str:
         "small": "Small batches",
         "skew": "Uneven use of experts",
         "seeds": "Seeds by vmap, data and parameters batched",
+        "step": "Whole models: experts beside dense transformers of equal multiply-adds",
+        "extract": "Inference of one task",
     }
     for section, title in titles.items():
         if section in content["sections"]:
             lines += [f"## {title}", "", *_times(content["sections"][section]["rows"])]
     if "parallel" in content["sections"]:
         lines += ["## Expert parallelism: bytes between devices", "", *_volume(content["sections"]["parallel"]["rows"])]
+    if "extract" in content["sections"]:
+        sizes = {row["dispatch"]: row["bytes"] for row in content["sections"]["extract"]["rows"]}
+        lines += ["Bytes of parameters:", "", *table(["model", "bytes"], ([n, f"{b:,}"] for n, b in sizes.items()))]
+    if "compile" in content["sections"]:
+        header, rows = ["blocks", "form", "seconds"], content["sections"]["compile"]["rows"]
+        cells = ([str(r["blocks"]), "scan" if r["scan"] else "unrolled", f"{r['compile_s']:.1f}"] for r in rows)
+        lines += ["## Compile time of a gradient, 4 tasks", "", *table(header, cells)]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -38,7 +38,7 @@ def padded_batches(split: Mapping[str, Any], batch_size: int) -> Iterator[tuple[
         yield batch, int(real.sum())
 
 
-def _outputs(model: Any, tasks: Sequence[Task], per_task: bool, params: PyTree, batch: Mapping[str, Any]) -> PyTree:
+def outputs_of(model: Any, tasks: Sequence[Task], per_task: bool, params: PyTree, batch: Mapping[str, Any]) -> PyTree:
     """task name -> output of one lane; with `per_task` the k-th set of parameters is the k-th task's."""
     if not per_task:
         return model.apply({"params": params}, batch)
@@ -88,7 +88,7 @@ def make_evaluate(model: Any, tasks: Sequence[Task], *, batch_size: int = 4096, 
       `(params, split, context=None) -> {task: {metric: f64[L]}}`; params with a leading axis L (and K if `per_task`).
     """
 
-    run = jax.jit(jax.vmap(functools.partial(_outputs, model, tasks, per_task), in_axes=(0, None)))
+    run = jax.jit(jax.vmap(functools.partial(outputs_of, model, tasks, per_task), in_axes=(0, None)))
 
     def statistics(params, split, context):
         for batch, _ in padded_batches(split, batch_size):
@@ -167,7 +167,7 @@ def predict(
     """
 
     def of_lane(params, batch):
-        return predictions(tasks, _outputs(model, tasks, per_task, params, batch))
+        return predictions(tasks, outputs_of(model, tasks, per_task, params, batch))
 
     @jax.jit
     def run(params, batch):

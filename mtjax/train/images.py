@@ -21,7 +21,7 @@ import numpy as np
 
 from mtjax import threshold_metrics
 from mtjax.dense_tasks import DenseTask, edge
-from mtjax.train.evaluate import Results, merge_statistics, num_rows, padded_batches
+from mtjax.train.evaluate import Results, merge_statistics, num_rows, outputs_of, padded_batches
 from mtjax.train.problem import Evaluator, Problem
 
 PyTree = Any
@@ -184,7 +184,7 @@ def make_image_evaluate(
 
     def of_lane(params, rows, weight):
         batch = {**rows, "image": normalise_image(rows["image"])}
-        outputs = _outputs(model, tasks, per_task, params, batch)
+        outputs = outputs_of(model, tasks, per_task, params, batch)
         _check_grid(tasks, outputs, batch["image"])
         states = {}
         for task in tasks:
@@ -205,17 +205,6 @@ def make_image_evaluate(
         return merge_statistics(tasks, statistics(params, split))
 
     return evaluate
-
-
-def _outputs(model: Any, tasks: Sequence[DenseTask], per_task: bool, params: PyTree, batch: Mapping[str, Any]) -> Any:
-    """task name -> output of one lane; with `per_task` the k-th set of parameters is the k-th task's."""
-    if not per_task:
-        return model.apply({"params": params}, batch)
-    outputs = {}
-    for k, task in enumerate(tasks):
-        own = jax.tree.map(lambda leaf: leaf[k], params)  # noqa: B023
-        outputs |= model.apply({"params": own}, batch, task=task.name)
-    return outputs
 
 
 def _columns(split: Mapping[str, Any], tasks: Sequence[DenseTask]) -> dict[str, Any]:
@@ -328,7 +317,7 @@ def predict_images(
 
     @jax.jit
     def run(params, image):
-        outputs = _outputs(model, tasks, per_task, params, {"image": normalise_image(image)})
+        outputs = outputs_of(model, tasks, per_task, params, {"image": normalise_image(image)})
         return {task.name: task.predict(outputs[task.name]) for task in tasks}
 
     pieces = [

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-MODULES = ("moe", "moe_cases", "moe_table", "operators_measure", "operators_table")
+MODULES = ("moe", "moe_cases", "moe_models", "moe_table", "operators_measure", "operators_table")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def test_one_expert_for_all_is_the_dense_network(bench):
 def test_quick_run_and_table(bench, monkeypatch):
     monkeypatch.setattr(bench.cases, "BACKENDS", {name: bench.cases.BACKENDS[name] for name in ("auto", "all_experts")})
     before = bench.RESULTS.stat().st_mtime_ns if bench.RESULTS.exists() else None
-    content = bench.main(["--quick", "--sections", "dispatch", "parallel"])
+    content = bench.main(["--quick", "--sections", "dispatch", "parallel", "extract"])
     assert before == (bench.RESULTS.stat().st_mtime_ns if bench.RESULTS.exists() else None)
     rows = content["sections"]["dispatch"]["rows"]
     assert [row["dispatch"] for row in rows] == 2 * [bench.cases.DENSE, "auto", "all_experts"]
@@ -34,6 +34,8 @@ def test_quick_run_and_table(bench, monkeypatch):
     assert rows[0]["ratio"] == 1
     (volume,) = content["sections"]["parallel"]["rows"]
     assert volume["all_to_alls"] == 2 and volume["equal"]
+    whole, cut, half, every = content["sections"]["extract"]["rows"]
+    assert half["bytes"] < cut["bytes"] < whole["bytes"] == every["bytes"] and whole["ratio"] == 1
     text = bench.table.render(content)
     assert "| auto |" in text and "## Expert parallelism" in text
 
@@ -45,3 +47,13 @@ def test_goals_compare_ratios_with_their_limits(bench):
     assert first.holds and not second.holds
     assert str(second).startswith("auto, forward and backward, shape A, 2 threads: 5.00 times the dense network (goal")
     assert str(second).endswith("does not hold")
+
+
+@pytest.mark.slow
+def test_whole_models_and_their_compile_time(bench):
+    content = bench.main(["--quick", "--sections", "step", "compile"])
+    rows = content["sections"]["step"]["rows"]
+    dense, sparse = rows[:2]
+    assert dense["macs"] < sparse["macs"] < 1.05 * dense["macs"], "the gates are extra"
+    assert len(content["sections"]["compile"]["rows"]) == 4
+    assert "## Compile time" in bench.table.render(content)

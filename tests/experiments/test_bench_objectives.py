@@ -28,6 +28,7 @@ def quick(bench):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_quick_run_measures_every_section(bench, quick):
     assert list(quick["sections"]) == list(bench.SECTIONS)
     for name, section in quick["sections"].items():

@@ -225,6 +225,7 @@ def test_interrupt_then_resume_without_repeating_any_option(houses, call, reques
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_bench_sweep(call, tmp_path):
     run = tmp_path / "bench"
     sizes = ("bench_tasks=(2,)", "bench_features=4", "rows=(256,64,64)", "width=4")

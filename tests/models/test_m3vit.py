@@ -15,6 +15,8 @@ from mtjax.nn.decoders import PUP, LinearUnpatch
 from mtjax.nn.vit import ViTConfig, attention_half, unstack_layers
 from mtjax.train.images import image_loss
 
+from .vision_cases import Linear, random_params
+
 HEADS = {"edge": 1, "normals": 3, "depth": 1}
 VIT = ViTConfig(patch=4, width=8, depth=2, num_heads=2, cls_token=True)
 CONFIG = M3ViTConfig(VIT, experts=6, top_k=2, expert_ratio=2.0, task_dim=4, dispatch="all_experts")
@@ -26,18 +28,6 @@ KINDS = {
 }
 
 
-class Linear(nn.Module):
-    """The smallest decoder: every token paints its patch of 4 x 4 pixels."""
-
-    channels: int
-
-    @nn.compact
-    def __call__(self, tokens, size):
-        batch, h, w, _ = tokens.shape
-        y = nn.Dense(16 * self.channels, name="out")(tokens).reshape(batch, h, w, 4, 4, self.channels)
-        return y.transpose(0, 1, 3, 2, 4, 5).reshape(batch, *size, self.channels)
-
-
 @functools.cache
 def model(kind):
     return M3ViT(HEADS, dataclasses.replace(CONFIG, **KINDS[kind]), Linear)
@@ -45,10 +35,7 @@ def model(kind):
 
 @functools.cache
 def params(kind):
-    """Random numbers in every parameter: no compilation of an initialisation."""
-    rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(model(kind).init, jax.random.key(0), BATCH)["params"]
-    return jax.tree.map(lambda leaf: (0.5 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
+    return random_params(model(kind), BATCH)
 
 
 @functools.cache

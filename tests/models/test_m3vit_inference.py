@@ -1,7 +1,6 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -9,6 +8,8 @@ import pytest
 from mtjax.models.m3vit import M3ViT, M3ViTConfig
 from mtjax.models.m3vit_inference import expert_bytes, experts_of, extract_task, queue_inference
 from mtjax.nn.vit import ViTConfig
+
+from .vision_cases import Linear, random_params
 
 HEADS = {"edge": 1, "normals": 3, "depth": 1}
 VIT = ViTConfig(patch=4, width=8, depth=2, num_heads=2, cls_token=True)
@@ -23,18 +24,6 @@ KINDS = {
 }
 
 
-class Linear(nn.Module):
-    """The smallest decoder: every token paints its patch of 4 x 4 pixels."""
-
-    channels: int
-
-    @nn.compact
-    def __call__(self, tokens, size):
-        batch, h, w, _ = tokens.shape
-        y = nn.Dense(16 * self.channels, name="out")(tokens).reshape(batch, h, w, 4, 4, self.channels)
-        return y.transpose(0, 1, 3, 2, 4, 5).reshape(batch, *size, self.channels)
-
-
 @functools.cache
 def model(kind):
     return M3ViT(HEADS, dataclasses.replace(CONFIG, **KINDS[kind]), Linear)
@@ -42,10 +31,7 @@ def model(kind):
 
 @functools.cache
 def params(kind):
-    """Random numbers in every parameter: no compilation of an initialisation."""
-    rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(model(kind).init, jax.random.key(0), BATCH)["params"]
-    return jax.tree.map(lambda leaf: (0.5 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
+    return random_params(model(kind), BATCH)
 
 
 @functools.cache

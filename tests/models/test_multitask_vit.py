@@ -1,6 +1,5 @@
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,20 +10,10 @@ from mtjax.models.multitask_vit import MultitaskViT, SingleTaskViT
 from mtjax.nn.decoders import ConvHead, LinearUnpatch
 from mtjax.nn.vit import ViTConfig
 
+from .vision_cases import Linear
+
 HEADS = {"edge": 1, "normals": 3}
 CONFIG = ViTConfig(patch=4, width=8, depth=1, num_heads=2, cls_token=True)
-
-
-class Linear(nn.Module):
-    """The smallest decoder: every token paints its patch of 4 x 4 pixels."""
-
-    channels: int
-
-    @nn.compact
-    def __call__(self, tokens, size):
-        batch, h, w, _ = tokens.shape
-        y = nn.Dense(16 * self.channels, name="out")(tokens).reshape(batch, h, w, 4, 4, self.channels)
-        return y.transpose(0, 1, 3, 2, 4, 5).reshape(batch, *size, self.channels)
 
 
 MODELS = {

@@ -181,6 +181,7 @@ def test_the_layer_decides_by_features(chunk_size):
     assert jax.tree.structure(state) == jax.tree.structure(optim.init(method, PARAMS, num_tasks=3))
 
 
+@pytest.mark.slow
 def test_the_layer_leaves_out_tasks_and_steps():
     """A task with NaN takes no part; the step is that of the two others. Or the step is skipped."""
     broken = mtjax.Staged(STAGED.encode, lambda p, z, x: STAGED.heads(p, z, x) | {"1": jnp.array(jnp.nan)})

@@ -187,6 +187,7 @@ def test_plain_update_takes_the_perturbed_jacobian():
         method.update(jacobian, method.init(PARAMS), PARAMS)
 
 
+@pytest.mark.slow
 def test_policies_look_at_both_points():
     """The loss of task 1 is finite where it is, and not where it is perturbed to."""
 
@@ -207,6 +208,7 @@ def test_policies_look_at_both_points():
     assert mtjax.value_and_update(flipped, skip)(at, skip.init(None))[1].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_under_scan_and_vmap():
     method = optim.flat_regions(optim.pcgrad(), RHO)
     update = mtjax.value_and_update(loss_fn, method)

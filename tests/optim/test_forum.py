@@ -170,6 +170,7 @@ def test_nan_is_not_hidden():
     assert jnp.isnan(direction).all()
 
 
+@pytest.mark.slow
 def test_a_task_that_is_left_out_changes_nothing_for_the_others():
     whole, part = (optim.nonfinite(make(), "drop_task") for _ in range(2))
     rng, keep = np.random.default_rng(0), np.array([0, 2])
@@ -268,6 +269,7 @@ def test_a_step_that_breaks_is_skipped_and_aux_is_that_of_the_train_half():
     np.testing.assert_allclose(aux, TRAIN.sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_it_trains_in_a_scan_for_several_seeds_at_once():
     update = mtjax.value_and_update(loss_fn, optim.on_shared(make(), IS_SHARED))

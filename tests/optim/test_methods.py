@@ -22,10 +22,32 @@ from .properties import METHODS, TABLE, K, method_of
 EVERY = pytest.mark.parametrize("name", TABLE)
 
 
-def of_methods(names):
-    """Parametrised by names of methods; other settings of a method that is there anyway only with `-m slow`."""
+# One method of every file of mtjax/optim, or two where a file holds two ideas.
+KINDS = (
+    "linear",
+    "uncertainty",
+    "stch",
+    "famo",
+    "mgda",
+    "pcgrad",
+    "cagrad",
+    "fairgrad",
+    "aligned_mtl",
+    "config",
+    "upgrad",
+)
+KINDS += ("pcd", "krum", "gradnorm", "rgw", "cr_mogm", "epo", "modo", "auto_lambda", "graddrop", "moco", "excess_mtl")
+KINDS += ("momentum_config", "dual_proj")
+
+
+def of_methods(names, *, kinds=False):
+    """Parametrised by names of methods; other settings of a method that is there anyway only with `-m slow`.
+
+    With `kinds`, for what compiles a program per method, one method of every kind; the others with `-m slow`, too.
+    """
+    slow = [("(" in name) or (kinds and name not in KINDS) for name in names]
     return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=pytest.mark.slow) if "(" in name else name for name in names]
+        "name", [pytest.param(name, marks=pytest.mark.slow) if s else name for name, s in zip(names, slow, strict=True)]
     )
 
 
@@ -72,7 +94,7 @@ def written():
     return {line[0].strip("`"): line[1:] for line in cells}
 
 
-@of_methods(TABLE)
+@of_methods(TABLE, kinds=True)
 def test_properties_are_those_of_the_table(name):
     measured = ["✓" if holds else "✗" for holds in properties.measured(name).values()]
     assert written()[name] == [properties.needs(name), properties.state_size(name), *measured], (
@@ -152,7 +174,7 @@ def test_non_finite_rows_propagate(name):
     assert np.isnan(directions[0, 0]) or name in ROBUST
 
 
-@of_methods([name for name in TABLE if "linear" not in name and name != "per_group(mgda)"])
+@of_methods([name for name in TABLE if "linear" not in name and name != "per_group(mgda)"], kinds=True)
 def test_many_tasks(name):
     """K = 64; its own program, whose size does not depend on K: everything is a loop on the device."""
     rows, losses = random_rows(5, num_tasks=64, num_params=40)
@@ -166,7 +188,7 @@ def test_many_tasks(name):
 # Tasks that are left out.
 
 
-@of_methods([name for name in METHODS if name not in DRAWN])
+@of_methods([name for name in METHODS if name not in DRAWN], kinds=True)
 def test_a_dropped_task_might_as_well_not_be_there(name):
     rows, losses = random_rows(6)
     kept = jnp.array([0, 2, 3])
@@ -225,7 +247,7 @@ def single_update(name):
     return put, update, traces
 
 
-@EVERY_METHOD
+@of_methods(METHODS, kinds=True)
 def test_on_a_mesh_and_not_under_vmap_it_is_the_same(name):
     put, update, traces = single_update(name)
     s = properties.samples()

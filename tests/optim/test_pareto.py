@@ -91,6 +91,7 @@ def volume_by_inclusion(points, reference):
     return total
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 2**32 - 1), num_tasks=st.sampled_from([1, 2, 3, 4]))
 def test_hypervolume_equals_inclusion_and_exclusion(seed, num_tasks):
