@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import mtjax
+from mtjax.models import ModSquad, ModSquadConfig
+from mtjax.nn import Dispatch, ViTConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -108,3 +110,19 @@ def test_a_geometry_of_your_own_becomes_data():
     assert train["values"].shape == (200, 1024) and (train["values"][train["mask"]] > 0).all()
     # An ellipse with half axes 0.4 and 0.2; 32 nodes are 31 spacings.
     assert train["mask"][train["task"] == 1].mean() == pytest.approx(np.pi * 0.4 * 0.2 * (31 / 32) ** 2, rel=0.05)
+
+
+def test_a_task_is_cut_out_and_another_one_added():
+    """The fourth python block on a tiny model: the cut-out model predicts what the whole one does."""
+    vit = ViTConfig(patch=4, width=8, depth=2, num_heads=2)
+    config = ModSquadConfig(vit, num_experts=4, top_k=2, attention_experts=3, dispatch=Dispatch("all_experts"))
+    model = ModSquad(config, {"depth": 1, "edge": 1})
+    batch = {"image": np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)}
+    names = {"model": model, "images": batch, "key": jax.random.key(1)}
+    names["params"] = jax.jit(model.init)(jax.random.key(0), batch)["params"]
+    exec(compile(blocks("python")[3], "README.md", "exec"), names)
+    whole = model.apply({"params": names["params"]}, batch, task="depth")["depth"]
+    cut = names["small"].apply({"params": names["small_params"]}, batch)["depth"]
+    np.testing.assert_allclose(cut, whole, atol=1e-5)
+    assert list(names["larger"].heads) == ["depth", "edge", "normals"]
+    assert names["larger"].config.layers[0].num_experts == config.layers[0].num_experts + 4
