@@ -103,7 +103,7 @@ DEMO = Config(
 )
 SMOKE = Config(
     data=rooms.RoomsConfig(size=16, train=8, validation=4, test=4),
-    tasks=("segmentation", "edge"),
+    tasks=("segmentation", "depth"),
     vit=ViTConfig(patch=4, width=16, depth=2, num_heads=2),
     experts=4,
     decoder_width=8,

@@ -83,7 +83,7 @@ DEMO = Config(
 )
 SMOKE = Config(
     data=rooms.RoomsConfig(size=16, train=8, validation=4, test=4),
-    tasks=("segmentation", "edge"),
+    tasks=("segmentation", "depth"),
     decoder=TaskExpertConfig(ViTConfig(patch=4, width=16, depth=2, num_heads=2), num_experts=2, width=8),
     recipe=Recipe(steps=2, batch_size=4, learning_rates=(2e-3,)),
     arms=(LAST, FULL),
