@@ -429,7 +429,7 @@ def study(config: Config, run: pathlib.Path, resume: bool) -> Found:
             for name, own in usage.items()
         },
         "pruning_curve": {
-            name: {count: of.tolist() for count, of in points.items()} for name, points in curves.items()
+            name: {str(count): of.tolist() for count, of in points.items()} for name, points in curves.items()
         },
         "old_outputs_moved": change.tolist(),
     }
