@@ -97,9 +97,10 @@ class Config:
 
 STUDY = Config()
 DEMO = Config(
-    recipe=Recipe(steps=200, learning_rates=(2e-3,)),
+    recipe=Recipe(steps=128, learning_rates=(2e-3,)),
     arms=(ALONE, DENSE, MULTI_GATE),
     data=rooms.RoomsConfig(size=32, train=1024, validation=128, test=256),
+    seeds=3,
 )
 SMOKE = Config(
     data=rooms.RoomsConfig(size=16, train=8, validation=4, test=4),

@@ -128,11 +128,12 @@ class Config:
 STUDY = Config()
 DEMO = Config(
     data=rooms.RoomsConfig(size=32, train=512, validation=128, test=128),
-    recipe=Recipe(steps=200, learning_rates=(2e-3,)),
+    recipe=Recipe(steps=128, learning_rates=(2e-3,)),
     arms=(INFORMED, BALANCED),
     kept=(4,),
-    new_steps=60,
+    new_steps=64,
     ways=(NEW, ROUTER),
+    seeds=2,
 )
 SMOKE = Config(
     data=rooms.RoomsConfig(size=16, train=8, validation=4, test=4),

@@ -78,8 +78,9 @@ class Config:
 STUDY = Config()
 DEMO = Config(
     data=rooms.RoomsConfig(size=32, train=1024, validation=128, test=256),
-    recipe=Recipe(steps=200, learning_rates=(2e-3,)),
+    recipe=Recipe(steps=128, learning_rates=(2e-3,)),
     arms=(LAST, NO_MEMORY, FULL),
+    seeds=2,
 )
 SMOKE = Config(
     data=rooms.RoomsConfig(size=16, train=8, validation=4, test=4),
