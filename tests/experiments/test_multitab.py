@@ -164,6 +164,7 @@ def test_the_default_model_is_the_best_by_validation(houses, call):
     assert status == 0 and f"400 rows predicted by {max(scores, key=scores.get)} ->" in stdout
 
 
+@pytest.mark.slow  # test_resume.py and test_command.py have its parts
 @pytest.mark.slow  # tests/train/test_resume.py does the same to the loop
 def test_interrupt_then_resume_without_repeating_any_option(houses, call, request, monkeypatch):
     """SIGTERM in the middle of the first model: status 130, and the command to go on with, which needs no options."""
