@@ -19,7 +19,7 @@ Letters: N tokens, K experts per token, M = N K assignments, E experts, C capaci
 
 References: Fedus et al., "Switch Transformers", JMLR 2022 (capacity). Riquelme et al., "Scaling Vision with Sparse
 Mixture of Experts", NeurIPS 2021, section 3 and appendix C (batch priority). Gale et al., "MegaBlocks: Efficient Sparse
-Training with Mixture-of-Experts", MLSys 2023 (blocks). Fan et al., "M3ViT", NeurIPS 2022 (queues).
+Training with Mixture-of-Experts", MLSys 2023 (blocks). Liang et al., "M3ViT", NeurIPS 2022 (queues).
 """
 
 import functools
