@@ -29,8 +29,9 @@ Letters: N tokens, K experts per token, E experts, C capacity, D width, H hidden
 >>> routed.combine(slots, gate_values).tolist()
 [[75.25]]
 
-References: Riquelme et al., "Scaling Vision with Sparse Mixture of Experts", NeurIPS 2021 (V-MoE). Liang et al., "M3ViT:
-Mixture-of-Experts Vision Transformer for Efficient Multi-task Learning with Model-Accelerator Co-design", NeurIPS 2022.
+References: Riquelme et al., "Scaling Vision with Sparse Mixture of Experts", NeurIPS 2021 (V-MoE). Liang et al.,
+"M3ViT: Mixture-of-Experts Vision Transformer for Efficient Multi-task Learning with Model-Accelerator Co-design",
+NeurIPS 2022.
 """
 
 import dataclasses
