@@ -144,6 +144,7 @@ def test_a_concave_front_needs_more_than_weighted_sums():
     np.testing.assert_allclose(best[:, 0] * preferences[:, 1], best[:, 1] * preferences[:, 0], atol=5e-3)
 
 
+@pytest.mark.slow
 def test_preferences_may_be_traced():
     """One compiled update for all of them: a front of models by vmap."""
     losses, rows = jnp.array([1.0, 2.0, 3.0]), jnp.eye(3)

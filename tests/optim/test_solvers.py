@@ -259,7 +259,7 @@ def brute_force_qp(a, b):
     return best
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from(SIZES), dtype=st.sampled_from(list(padded.DTYPES)))
 def test_nonnegative_qp_equals_brute_force_over_faces(seed, size, dtype):
     rng, kind = np.random.default_rng(seed), padded.DTYPES[dtype][0]
@@ -296,7 +296,10 @@ def test_nonnegative_qps_of_one_matrix_side_by_side(family, dtype):
             assert d @ d - best @ best <= 16 * np.finfo(kind).eps * a * (a + 1 + multipliers.sum())
 
 
-@pytest.mark.parametrize("num_params", [1, 20, 40, 64, 200])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("num_params", [1, *(pytest.param(n, marks=SLOW) for n in (20, 40, 64)), 200])
 def test_nonnegative_qps_of_sixty_four_coordinates_are_optimal(num_params):
     """b - A x is zero where x is positive and at most zero elsewhere, to rounding; both for float32 and float64."""
     unit = np.random.default_rng(num_params).normal(size=(64, num_params))
