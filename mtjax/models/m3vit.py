@@ -33,9 +33,7 @@ Letters: T task streams, B images, N tokens, D width, L blocks, E experts, K exp
 (['block_0', 'block_1', 'norm', 'patch_embed'], (1, 16, 16, 1))
 """
 
-import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -50,7 +48,7 @@ from mtjax.nn.balance import RouterStats, importance_loss, load_loss
 from mtjax.nn.decoders import PUP
 from mtjax.nn.moe import Dispatch
 from mtjax.nn.moe_layer import MoEMlp
-from mtjax.nn.routers import Router, RouterConfig
+from mtjax.nn.routers import RouterConfig
 from mtjax.nn.tam import TAM
 from mtjax.nn.vit import (
     EPSILON,
@@ -181,13 +179,6 @@ M3VIT_B = M3ViTConfig(VIT_B)
 M3VIT_FPGA = M3ViTConfig(VIT_TI, top_k=2, expert_ratio=2.0)  # the deployed one
 
 
-def _reroute(x: jax.Array, call: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    """Lets the router inside an expert layer read x f[T, B, N, D]; the experts read what the layer was given."""
-    if isinstance(context.module, Router) and context.method_name == "__call__":
-        return call(x.reshape(len(x), -1, x.shape[-1]), *args[1:], **kwargs)
-    return call(*args, **kwargs)
-
-
 class ExpertBlock(nn.Module):
     """A transformer block with experts in place of the MLP.
 
@@ -227,10 +218,8 @@ class ExpertBlock(nn.Module):
             dispatch=config.dispatch,
             name="experts",
         )
-        with contextlib.ExitStack() as stack:
-            if config.gate_input == "block_input":
-                stack.enter_context(nn.intercept_methods(functools.partial(_reroute, x)))
-            branch, stats = experts(normed, tasks=tasks, train=train)
+        gate_x = x if config.gate_input == "block_input" else None
+        branch, stats = experts(normed, tasks=tasks, train=train, gate_x=gate_x)
         return add_branch(self, jnp.broadcast_to(u, branch.shape), branch, rate, train), stats
 
 

@@ -73,14 +73,14 @@ def extract_task(
         router = config.router_config(layer, len(model.heads))
         percent = np.ones(router.num_experts) if usage is None else np.asarray(usage[name])
         pruned = prune_to_task(
-            _grouped(trunk[name]["experts"]),
+            trunk[name]["experts"],
             percent[index] if percent.ndim == 2 else percent,
             task=0 if config.router == "single" else index,
             config=router,
             threshold=0.0 if usage is None else threshold,
             keep_denominator=keep_denominator,
         )
-        trunk[name] = dict(trunk[name]) | {"experts": {"router": pruned.params["router"], **pruned.params["experts"]}}
+        trunk[name] = dict(trunk[name]) | {"experts": pruned.params}
         experts.append(pruned.config.num_experts)
         ghosts.append(pruned.config.ghosts)
     vit = dataclasses.replace(config.vit, scan=False)
@@ -92,11 +92,6 @@ def extract_task(
 def experts_of(layer: Mapping[str, PyTree]) -> dict[str, jax.Array]:
     """The stacked arrays of an expert layer's parameters, f[E, ...] each."""
     return {name: layer[name] for name in EXPERT_PARAMS}
-
-
-def _grouped(layer: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """A layer's parameters with those of the experts under 'experts', as surgery takes them."""
-    return {"router": layer["router"], "experts": experts_of(layer)}
 
 
 def queue_inference(
@@ -129,7 +124,8 @@ def queue_inference(
         x, tasks = args[0], kwargs["tasks"]
         params = layer.variables["params"]
         router = Router(layer.router, layer.num_tasks, parent=None)
-        routing = router.apply({"params": params["router"]}, x.reshape(len(x), -1, x.shape[-1]), tasks=tasks)
+        gate_x = x if kwargs.get("gate_x") is None else kwargs["gate_x"]
+        routing = router.apply({"params": params["router"]}, gate_x.reshape(len(x), -1, x.shape[-1]), tasks=tasks)
         streams, _, chosen = routing.ids.shape
         tokens = jnp.broadcast_to(x, (streams, *x.shape[1:])).reshape(-1, x.shape[-1])
         y = expert_queue_apply(

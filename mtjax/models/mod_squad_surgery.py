@@ -240,17 +240,12 @@ def _copy(tree: PyTree) -> PyTree:
 
 
 def _layer(trunk: PyTree, name: str) -> PyTree:
-    """A layer's parameters as `mtjax.nn.expert_surgery` takes them: stacked experts under 'experts'."""
+    """A layer's parameters, by its name 'block/half'."""
     block, half = name.split("/")
-    layer = trunk[block][half]
-    if "experts" in layer:
-        return layer
-    return {"router": layer["router"], "experts": {key: leaf for key, leaf in layer.items() if key != "router"}}
+    return trunk[block][half]
 
 
 def _replace(trunk: PyTree, name: str, params: PyTree) -> None:
-    """The reverse of `_layer`, in place."""
+    """Puts other parameters in their place."""
     block, half = name.split("/")
-    if "experts" not in trunk[block][half]:
-        params = {"router": params["router"], **params["experts"]}
     trunk[block][half] = params

@@ -48,13 +48,16 @@ class MoEMlp(nn.Module):
     kernel_init: Initializer = nn.initializers.xavier_uniform(batch_axis=(0,))
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, tasks: Sequence[int], train: bool = False) -> tuple[jax.Array, RouterStats]:
+    def __call__(
+        self, x: jax.Array, *, tasks: Sequence[int], train: bool = False, gate_x: jax.Array | None = None
+    ) -> tuple[jax.Array, RouterStats]:
         """Routes and computes.
 
         Args:
           x: f[T, B, N, D] with T = len(tasks), or f[1, B, N, D] while all streams are still equal.
           tasks: static; the task of each stream.
           train: whether the router adds its noise (rng 'gate').
+          gate_x: what the router reads instead of x, of the same shape.
 
         Returns:
           y f[T, B, N, D] (of one stream if x has one and the router is 'single'), and the router's statistics.
@@ -70,7 +73,8 @@ class MoEMlp(nn.Module):
             "bias_out": self.param("bias_out", zeros, (num_experts, width)),
         }
         tokens = x.reshape(x.shape[0], -1, width)
-        routing = Router(self.router, self.num_tasks, name="router")(tokens, tasks=tasks, train=train)
+        gate_tokens = tokens if gate_x is None else gate_x.reshape(tokens.shape)
+        routing = Router(self.router, self.num_tasks, name="router")(gate_tokens, tasks=tasks, train=train)
         streams, num_tokens, top_k = routing.ids.shape
         pool = self.router.pool_size(tasks)  # experts that only other tasks can address cost nothing
         out = moe_apply(
