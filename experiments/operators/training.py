@@ -24,6 +24,7 @@ from mtjax import optim
 from mtjax.metrics import Metric, relative_l2
 from mtjax.models.mt_deeponet_training import small_optimizer
 from mtjax.optim.base import Method
+from mtjax.sharding import to_host
 from mtjax.train import Problem, TrainConfig, fit_problem, report
 from mtjax.train.compare import mean_and_se, verdict
 from mtjax.train.evaluate import num_rows
@@ -207,7 +208,7 @@ def train_arm(
     if fitted.interrupted:
         raise Interrupted
     evaluate = problem.evaluator(False)
-    params = jax.tree.map(np.asarray, fitted.state.params)
+    params = to_host(fitted.state.params)
     shape = (len(recipe.learning_rates), num_seeds, len(owners))
     splits = [_reshaped(evaluate(params, split), shape) for split in (problem.validation, test)]
     own = (lambda k: k) if separate else (lambda k: 0)

@@ -30,7 +30,7 @@ from candidates import MODELS, PRESETS, SINGLE_TASK, Config
 
 import mtjax
 from mtjax import data as sources
-from mtjax import plots
+from mtjax import distributed, plots
 from mtjax.data import frames
 from mtjax.models import mlp_baselines
 from mtjax.train import checkpoint, command, compare, evaluate, loop, report, select, tables
@@ -63,7 +63,7 @@ FILES = {"higgs": sources.higgs.load, "acs_income": sources.acs_income.load, "al
 
 
 @dataclasses.dataclass
-class Train:
+class Train(command.Machine):
     """Train multitask models on a table, compare them with single-task models, and keep them for prediction.
 
     `python experiments/tabular/multitab.py predict --help` explains how to use a trained model on new rows.
@@ -167,10 +167,12 @@ def run_model(
         return None
     choice = select.choose_learning_rate(data.tasks, fitted, fitted.evaluate(data.validation))
     test = choice.results(fitted.evaluate(data.test))
-    checkpoint.save_params(directory / "best.npz", choice.params(fitted))
+    best = choice.params(fitted)
     context = inference_context(model, data.train, train.context_rows)
-    if context is not None:
-        np.savez(directory / "context.npz", **context)
+    if distributed.is_main():
+        checkpoint.save_params(directory / "best.npz", best)
+        if context is not None:
+            np.savez(directory / "context.npz", **context)
     return compare.Outcome(test, choice, fitted, model)
 
 
@@ -190,7 +192,8 @@ def compare_models(
         score, rate = outcome.choice.validation_score, sorted(set(outcome.choice.learning_rates))
         print(f"{name}{note}: validation score {score:.4f} at rate {', '.join(f'{r:g}' for r in rate)}", flush=True)
     scores = {name: outcome.choice.validation_score for name, outcome in outcomes.items()}
-    (run / "scores.json").write_text(json.dumps(scores))
+    if distributed.is_main():
+        (run / "scores.json").write_text(json.dumps(scores))
     return outcomes
 
 
@@ -222,7 +225,14 @@ def flight_findings(tasks, outcomes: Mapping[str, compare.Outcome], gains: Mappi
 
 def draw(run: pathlib.Path, data: Any, outcomes: Mapping[str, compare.Outcome], gains: Mapping[str, Any]) -> None:
     """Figures of a comparison under `run`/figures."""
-    folder = run / "figures"
+    with command.own_folder(run / "figures") as folder:
+        draw_into(folder, data, outcomes, gains)
+
+
+def draw_into(
+    folder: pathlib.Path, data: Any, outcomes: Mapping[str, compare.Outcome], gains: Mapping[str, Any]
+) -> None:
+    """Figures of a comparison."""
     tasks = data.tasks
     if gains:
         plots.save(plots.delta_bars(gains, title=f"multitask gain over {BASELINE}"), folder / "delta_m.png")
@@ -314,8 +324,8 @@ def settle(args: Train) -> tuple[Train, pathlib.Path]:
         args = dataclasses.replace(args, data=str(pathlib.Path(args.data).resolve()))
     if args.resume:
         run = args.run or command.newest_run(base)
-        return command.resumed_arguments(args, run, apart=("run", "resume", "tensorboard")), run
-    run = args.run or base / time.strftime("%Y%m%d-%H%M%S")
+        return command.resumed_arguments(args, run, apart=("run", "resume", "tensorboard", *command.MACHINE)), run
+    run = args.run or base / command.now()
     command.refuse_run(run)
     return dataclasses.replace(args, data=args.data or ("higgs" if args.preset == "paper" else "flights")), run
 
@@ -370,6 +380,8 @@ def train(args: Train) -> int:
     sweep = {compare.MEAN_CELL[0]: compare.MEAN_CELL[1]} if args.data == "bench" else None
     shown = sweep or {row["task"]: row["metric"] for row in reversed(rows)}
     tables.print_report(result, metrics=shown)
+    if not distributed.is_main():
+        return 0
     paths = [result.write(run / "report.json")]
     if is_default(args) and args.preset != "smoke" and args.data in EMBEDDED:
         paths.append(result.write(ROOT / "results" / f"{system}.json"))
@@ -424,7 +436,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = tyro.cli(Predict, args=argv[1:], prog="multitab.py predict")
         return command.run_command(lambda: predict(arguments))
     arguments = tyro.cli(Train, args=argv, prog="multitab.py")
-    return command.run_command(lambda: train(arguments))
+
+    def on_machine() -> int:
+        with command.on_machine(arguments):
+            return train(arguments)
+
+    return command.run_command(on_machine)
 
 
 if __name__ == "__main__":

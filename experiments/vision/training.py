@@ -19,6 +19,7 @@ import optax
 
 from mtjax.delta import delta_m, delta_table
 from mtjax.optim.base import Method
+from mtjax.sharding import to_host
 from mtjax.train import Problem, TrainConfig, fit_problem, report
 from mtjax.train.compare import mean_and_se, verdict
 from mtjax.train.evaluate import Results, main_scores, num_rows
@@ -212,7 +213,7 @@ def train_arm(
         scores = scale_free_score(problem.tasks, evaluate(tried.state.params, problem.validation))
         rates = [rates[int(np.argmax(np.where(np.isnan(scores), -np.inf, scores)))]]
     fitted, steps = fit(recipe.steps, list(seeds), rates * len(seeds), start, "seeds", name)
-    params = jax.tree.map(np.asarray, fitted.state.params)
+    params = to_host(fitted.state.params)
     tasks, evaluate = (tuple(problem.tasks), evaluate) if judge is None else judge(params)
     arm = Arm(
         name=name,
@@ -220,7 +221,7 @@ def train_arm(
         test=evaluate(params, test),
         validation=evaluate(params, problem.validation),
         params=params,
-        carry=jax.tree.map(np.asarray, fitted.state.carry),
+        carry=to_host(fitted.state.carry),
         model=model,
         learning_rate=rates[0],
         num_parameters=fitted.num_parameters,

@@ -1,23 +1,27 @@
-"""What the command lines of all experiments do alike: errors as sentences, run directories, resuming.
+"""What the command lines of all experiments do alike: meshes, processes, errors as sentences, run directories.
 
 A run directory holds `run.json` with the arguments of the command line that started it, so that `--resume --run DIR`
 needs no other option, and an option that differs from the run's is refused rather than ignored.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shlex
 import sys
+import tempfile
 import time
 import typing
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
+from mtjax import distributed, sharding
 from mtjax.train.loop import NonFiniteLossError
 from mtjax.train.report import Report
 
@@ -26,15 +30,52 @@ INTERRUPTED = 130
 """Exit status after SIGINT or SIGTERM, as shells have it."""
 
 
+@dataclasses.dataclass
+class Machine:
+    """Where a script runs: options that every experiment has. They may differ from one resume to the next."""
+
+    mesh: str | None = None
+    """Devices to train on, such as data=8, or data=4,expert=2: data splits the batch; fsdp also parameters, optimiser
+    state and per-task gradients; expert the experts of a mixture; tensor heads and hidden widths. One size may be -1:
+    what is left. By default one device, or with --distributed data=-1."""
+    distributed: bool = False
+    """One of several processes that train together: started by a cluster's launcher (SLURM, GKE, Open MPI, TPU pods) or
+    by python -m mtjax.launch."""
+
+
+MACHINE = tuple(field.name for field in dataclasses.fields(Machine))
+
+
+@contextlib.contextmanager
+def on_machine(args: Machine) -> Iterator[None]:
+    """Joins the other processes and makes the mesh ambient, as the options say; process 0 alone prints.
+
+    Raises:
+      ValueError: if the mesh does not fit the devices, or there are no other processes to join.
+    """
+    if args.distributed:
+        distributed.initialize()
+    spec = args.mesh or ("data=-1" if args.distributed else None)
+    if spec is None and jax.local_device_count() > 1 and jax.default_backend() != "cpu":
+        print(f"note: one of {jax.local_device_count()} devices is used; --mesh data=-1 uses all of them")
+    with contextlib.ExitStack() as stack:
+        if args.distributed:
+            stack.enter_context(distributed.only_main_prints())
+        if spec is not None:
+            stack.enter_context(jax.set_mesh(sharding.make_mesh(spec)))
+        yield
+
+
 def run_command(body: Callable[[], int]) -> int:
     """Runs the body of a script and returns its exit status.
 
-    Compiled programs are kept for the next run (in `JAX_COMPILATION_CACHE_DIR`, or under ~/.cache). A warning is one
-    line. An error about what was asked is one line and status 2; MTJAX_TRACEBACK=1 shows where it came from. A second
-    Ctrl-C, or one outside of training, is status 130.
+    Compiled programs are kept for the next run (in `JAX_COMPILATION_CACHE_DIR`, or under $XDG_CACHE_HOME or ~/.cache).
+    A warning is one line. An error about what was asked is one line and status 2; MTJAX_TRACEBACK=1 shows where it
+    came from. A second Ctrl-C, or one outside of training, is status 130.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "mtjax" / "jax"))
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "mtjax" / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
@@ -76,9 +117,23 @@ def read_run(run: pathlib.Path) -> dict[str, Any]:
 
 def write_run(run: pathlib.Path, arguments: Any, **more: Any) -> None:
     """Writes `run.json`: a dataclass of command line arguments, and more JSON values."""
-    run.mkdir(parents=True, exist_ok=True)
-    fields = {"arguments": dataclasses.asdict(arguments)} | more
-    (run / "run.json").write_text(json.dumps(fields, indent=2, default=os.fspath) + "\n")
+    distributed.barrier("run.json")  # every process has read it
+    if distributed.is_main():
+        run.mkdir(parents=True, exist_ok=True)
+        fields = {"arguments": dataclasses.asdict(arguments)} | more
+        temporary = run / "run.json.tmp"
+        temporary.write_text(json.dumps(fields, indent=2, default=os.fspath) + "\n")
+        temporary.replace(run / "run.json")
+
+
+@contextlib.contextmanager
+def own_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Where a process may write what all of them compute: the folder in process 0, a temporary one in the others."""
+    if distributed.is_main():
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield pathlib.Path(scratch)
 
 
 def refuse_run(run: pathlib.Path) -> None:
@@ -88,7 +143,7 @@ def refuse_run(run: pathlib.Path) -> None:
 
 
 def settle_run(
-    args: Args, base: pathlib.Path, *, apart: Sequence[str] = ("run", "resume")
+    args: Args, base: pathlib.Path, *, apart: Sequence[str] = ("run", "resume", *MACHINE)
 ) -> tuple[Args, pathlib.Path]:
     """The arguments, those of the run that is resumed, and its directory: that of --run, or the newest or a new one.
 
@@ -103,10 +158,20 @@ def settle_run(
     if args.resume:
         run = args.run or newest_run(base)
         return resumed_arguments(args, run, apart=apart), run
-    run = args.run or base / time.strftime("%Y%m%d-%H%M%S")
+    run = args.run or base / now()
     if (run / "run.json").exists():
         raise ValueError(f"--run {run} already holds a run; go on with it by --resume, or choose another directory")
     return args, run
+
+
+def now() -> str:
+    """The time, as a name; that of process 0 in all processes."""
+    now = int(time.time())
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        now = int(multihost_utils.broadcast_one_to_all(np.int32(now)))
+    return time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
 
 
 def interrupted(run: pathlib.Path) -> int:
@@ -129,8 +194,10 @@ def publish(
       results: folder of the results that are kept, None for runs that are not what the script's card promises.
 
     Returns:
-      The paths of reports and pictures.
+      The paths of reports and pictures; none in other processes than the first.
     """
+    if not distributed.is_main():
+        return []
     reports, pictures = [result.write(run / "report.json")], list(pictures)
     if results is not None:
         reports.append(result.write(results / f"{result.system}.json"))
@@ -189,4 +256,6 @@ def write_same(path: pathlib.Path, text: str, *, resume: bool) -> None:
     """
     if resume and path.exists() and path.read_text() != text:
         raise ValueError(f"The data differ from those that the run was started with ({path} would change)")
-    path.write_text(text)
+    distributed.barrier(path.name)
+    if distributed.is_main():
+        path.write_text(text)

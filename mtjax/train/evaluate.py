@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtjax import metrics
+from mtjax import metrics, sharding
 from mtjax.tasks import Task, labels_and_weights, predictions
 
 PyTree = Any
@@ -25,7 +25,11 @@ def num_rows(split: PyTree) -> int:
 
 
 def padded_batches(split: Mapping[str, Any], batch_size: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """Batches of exactly `batch_size` rows and the number of real rows; the rows that pad the last have weight 0."""
+    """Batches of exactly `batch_size` rows and the number of real rows; the rows that pad the last have weight 0.
+
+    On the ambient mesh a batch is split over the devices.
+    """
+    mesh = sharding.current_mesh()
     total = num_rows(dict(split))
     if total == 0:
         raise ValueError("There are no rows to evaluate or predict")
@@ -35,7 +39,7 @@ def padded_batches(split: Mapping[str, Any], batch_size: int) -> Iterator[tuple[
         real = rows < total
         batch = jax.tree.map(lambda column: column[np.minimum(rows, total - 1)], dict(split))  # noqa: B023
         batch["weight"] = np.where(real, batch.get("weight", np.ones(size)), 0.0).astype(np.float32)
-        yield batch, int(real.sum())
+        yield batch if mesh is None else sharding.place_rows(batch, mesh), int(real.sum())
 
 
 def outputs_of(model: Any, tasks: Sequence[Task], per_task: bool, params: PyTree, batch: Mapping[str, Any]) -> PyTree:
@@ -63,7 +67,7 @@ def _statistics(tasks: tuple[Task, ...], outputs: PyTree, labels: Mapping[str, A
 def merge_statistics(tasks: Sequence[Task], batches: Iterable[Mapping[str, Mapping[str, Any]]]) -> Results:
     """Metrics {task: {metric: f64[L]}} from their states on every batch, merged on the host in double precision."""
     states: dict[str, dict[str, Any]] = {task.name: {} for task in tasks}
-    for new in batches:
+    for new in map(sharding.to_host, batches):
         for task in tasks:
             merged = states[task.name]
             for metric in task.metrics:
@@ -178,5 +182,5 @@ def predict(
     for batch, num_real in padded_batches(inputs, batch_size):
         if context is not None:
             batch["context"] = context
-        pieces.append(jax.tree.map(lambda p: np.asarray(p)[:num_real], run(params, batch)))  # noqa: B023
+        pieces.append(jax.tree.map(lambda p: p[:num_real], sharding.to_host(run(params, batch))))  # noqa: B023
     return {task.name: np.concatenate([piece[task.name] for piece in pieces]) for task in tasks}

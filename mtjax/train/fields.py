@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtjax import losses
+from mtjax import losses, sharding
 from mtjax.tasks import Task
 from mtjax.train.evaluate import Results, merge_statistics, padded_batches
 from mtjax.train.problem import Evaluator, Problem
@@ -224,4 +224,4 @@ def predict_fields(
 
     rows = {key: split[key] for key in ("inputs", "task", "mask", "distance") if key in split}
     batches = padded_batches(rows, batch_size)
-    return np.concatenate([np.asarray(run(params, batch))[:num_real] for batch, num_real in batches])
+    return np.concatenate([sharding.to_host(run(params, batch))[:num_real] for batch, num_real in batches])

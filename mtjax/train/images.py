@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtjax import threshold_metrics
+from mtjax import sharding, threshold_metrics
 from mtjax.dense_tasks import DenseTask, edge
 from mtjax.train.evaluate import Results, merge_statistics, num_rows, outputs_of, padded_batches
 from mtjax.train.problem import Evaluator, Problem
@@ -321,7 +321,7 @@ def predict_images(
         return {task.name: task.predict(outputs[task.name]) for task in tasks}
 
     pieces = [
-        jax.tree.map(lambda leaf: np.asarray(leaf)[:real], run(params, rows["image"]))  # noqa: B023
+        jax.tree.map(lambda leaf: leaf[:real], sharding.to_host(run(params, rows["image"])))  # noqa: B023
         for rows, real in padded_batches({"image": split["image"]}, batch_size)
     ]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *pieces)

@@ -25,12 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mtjax.data.batches import LaneBatches
+from mtjax import distributed, sharding
 from mtjax.optim import linear
 from mtjax.optim.base import Method
 from mtjax.tasks import Task
 from mtjax.train.checkpoint import Checkpoints
 from mtjax.train.evaluate import Results, main_scores, num_rows, selection_scores, undefined_scores
+from mtjax.train.feed import Chunk, InputClock, make_feed
 from mtjax.train.monitor import MetricsWriter, Progress, stop_on_signals
 from mtjax.train.problem import Problem, table_problem
 from mtjax.train.runlog import RunLog, check_same_run
@@ -133,6 +134,8 @@ class Fit:
       per_task: whether the best parameters are chosen for each task on its own (G = K).
       evaluate: `(split) -> {task: {metric: f64[L]}}`, the metrics of the best parameters of every lane.
       rows_per_s: training rows per second of all lanes together, after compilation; NaN if there was one dispatch.
+      input_rows_per_s: rows per second that the input can give to a lane.
+      input_wait: share of the time in which the device waited for input, at most.
       compile_s: seconds of the first dispatch; 0 if there was none.
       num_parameters: scalars in one lane's parameters.
       interrupted: True if a signal ended the fit early.
@@ -148,6 +151,8 @@ class Fit:
     compile_s: float
     num_parameters: int
     interrupted: bool
+    input_rows_per_s: float = math.nan
+    input_wait: float = 0.0
 
     @property
     def best_params(self) -> PyTree:
@@ -216,7 +221,9 @@ def fit_problem(
     progress: bool = True,
     title: str = "training",
 ) -> Fit:
-    """Trains what a `Problem` describes.
+    """Trains what a `Problem` describes, on the ambient mesh (`jax.set_mesh(mtjax.sharding.make_mesh(...))`) if any.
+
+    In several processes all of them call this with the same arguments; process 0 alone writes metrics and progress.
 
     Args:
       problem: data, losses, initialisation and evaluation.
@@ -257,16 +264,16 @@ def fit_problem(
     if resume and directory is None:
         raise ValueError("resume=True needs the run's directory")
 
-    tasks, data = problem.tasks, jax.tree.map(jnp.asarray, dict(problem.train))
-    batches = LaneBatches(num_rows(data), config.batch_size, tuple(seeds), lane_rows)
-    steps_per_epoch = batches.steps_per_epoch
+    tasks, mesh = problem.tasks, sharding.current_mesh()
+    feed = make_feed(problem.train, config.batch_size, seeds, lane_rows, mesh)
+    steps_per_epoch = feed.steps_per_epoch
     total_steps = steps_per_epoch * config.max_epochs
     eval_every = config.next_evaluation(0, steps_per_epoch)
     chunk_steps = min(config.steps_per_dispatch, eval_every)
-    rows_per_step = batches.batch_size * len(seeds)
+    rows_per_step = feed.batch_size * len(seeds)
 
     how = {"chunk_size": config.chunk_size, "carries": problem.init_carry is not None}
-    run_chunk = make_train_chunk(make_train_step(problem.loss_fn, method, optimizer, **how))
+    train_step = make_train_step(problem.loss_fn, method, optimizer, **how)
     evaluate = problem.evaluator(False)
     probe = make_conflict_probe(problem.loss_fn, **how) if config.conflict_rows else None
 
@@ -282,12 +289,14 @@ def fit_problem(
         start=start,
         init_carry=problem.init_carry,
     )
+    where = None if mesh is None else sharding.shardings(state, mesh)
+    run_chunk = make_train_chunk(train_step, take=feed.take, shared=feed.shared, out_shardings=where)
     log = RunLog.empty(len(seeds), len(names))
     described = {
         "seeds": seeds,
         "learning_rates": rates,
         "tasks": [task.to_json() for task in tasks],
-        "rows": [num_rows(data), num_rows(problem.validation)],
+        "rows": [feed.total_rows, num_rows(problem.validation)],
         "train": dataclasses.asdict(config),
         **({} if problem.losses is None else {"losses": list(names)}),
         **dict(record or {}),
@@ -297,12 +306,19 @@ def fit_problem(
         restored = checkpoints.restore(state, check=lambda saved: check_same_run(described, saved["run"]))
         if restored is not None:
             state, log = restored.state, RunLog.from_json(restored.record["log"])
+            feed.seek(restored.step, restored.record["data"])
     elif checkpoints is not None and checkpoints.latest_step() is not None:
         raise ValueError(f"{directory} already holds a run; resume it, or choose another directory")
 
     def save():
-        position = {"epoch": step // steps_per_epoch, "offset": step % steps_per_epoch}
         checkpoints.save(step, state, {"run": described, "log": log.to_json(), "data": position})
+
+    def next_chunk(step: int) -> tuple[Chunk, int, int]:
+        """Input of the dispatch from `step` on, its number of steps, and the step of the next evaluation."""
+        until = config.next_evaluation(step, steps_per_epoch)
+        count = min(chunk_steps, until - step)
+        # Padded to one length, so that there is one program; the padding steps are skipped inside.
+        return clock.prepare(feed, step, count, chunk_steps), count, until
 
     def validate():
         """Evaluates, keeps the best parameters, and records; returns the new state and a line for the bar."""
@@ -312,43 +328,52 @@ def fit_problem(
         if not log.history:
             _warn_undefined(tasks, undefined, per_task)
         scores = selection_scores(main_scores(tasks, results), undefined, per_task=per_task, step=step)
-        better = update_best_lanes(state, jnp.asarray(scores, jnp.float32), config.patience)
+        better = update_best_lanes(state, np.asarray(scores, np.float32), config.patience)
         measured = {task: {name: v.tolist() for name, v in metrics.items()} for task, metrics in results.items()}
         entry = {"step": step, "epoch": step / steps_per_epoch, "metrics": measured}
         if probe is not None:
-            rows = jax.tree.map(lambda column: column[: config.conflict_rows], data)
-            entry["cosine"] = np.asarray(probe(better, rows, jax.random.key(0))).tolist()
+            rows = feed.sample(config.conflict_rows)
+            entry["cosine"] = sharding.to_host(probe(better, rows, jax.random.key(0))).tolist()
         writer.write(log.close(entry))
         return better, "  ".join(f"{t.name} {np.mean(results[t.name][t.main_metric.name]):.3f}" for t in tasks)
 
-    step = int(state.step[0])
+    step = int(sharding.to_host(state.step)[0])
+    position, clock = {}, InputClock()
     saved_step = step or None
     with contextlib.ExitStack() as stack:
         if checkpoints is not None:
             stack.callback(checkpoints.close)  # waits for saves under way, whatever happens
-        writer = MetricsWriter(directory, tensorboard=tensorboard, history=log.history)
+        main = distributed.is_main()
+        writer = MetricsWriter(directory if main else None, tensorboard=tensorboard, history=log.history)
         stack.callback(writer.close)
-        stop = stack.enter_context(stop_on_signals())
-        bar = stack.enter_context(Progress(title, total_steps, step, enabled=progress))
+        asked = stack.enter_context(stop_on_signals())
+        stop = False
+        bar = stack.enter_context(Progress(title, total_steps, step, enabled=progress and main))
+        ahead = None
         while step < total_steps and _open(state, config.patience).any() and not stop:
-            until = config.next_evaluation(step, steps_per_epoch)
-            count = min(chunk_steps, until - step)
-            # Padded to one length, so that there is one program; the padding steps are skipped inside.
-            chunk = np.pad(batches.take(step, count), ((0, 0), (0, chunk_steps - count), (0, 0)))
+            chunk, count, until = next_chunk(step) if ahead is None else ahead
             began = time.perf_counter()
-            active = jnp.asarray(np.arange(chunk_steps) < count)
-            state, step_metrics, finite = run_chunk(state, data, jnp.asarray(chunk), active)
-            losses = np.asarray(step_metrics.losses)[:, :count]
-            log.add(losses, rows=count * rows_per_step, seconds=time.perf_counter() - began)
+            active = np.arange(chunk_steps) < count
+            state, step_metrics, finite = run_chunk(state, feed.data, chunk.steps, active)
+            if step + count < total_steps:  # while the device computes
+                ahead = next_chunk(step + count)
+                clock.note(device_was_done=step_metrics.losses.is_ready())
+            losses = sharding.to_host(step_metrics.losses)[:, :count]
+            seconds = time.perf_counter() - began
+            log.add(losses, rows=count * rows_per_step, seconds=seconds)
+            clock.add(seconds)
+            if main and (slow_input := clock.warning()):
+                warnings.warn(slow_input, stacklevel=2)
             open_ = _open(state, config.patience)
             # A method that leaves out bad tasks or steps answers for its losses; parameters must be finite either way.
             checked = losses if getattr(method, "nonfinite", "propagate") == "propagate" else np.zeros_like(losses)
-            _check_finite(checked, np.asarray(finite), open_, names, step, lanes, saved_step)
-            step += count
+            _check_finite(checked, sharding.to_host(finite), open_, names, step, lanes, saved_step)
+            step, position = step + count, chunk.position
             note = None
             if step == until:
                 state, note = validate()
             bar.update(step, log.rows_per_s, note)
+            stop = distributed.agree(bool(asked))
             due = step - (saved_step or 0) >= (config.checkpoint_every or eval_every)
             if checkpoints is not None and (due or stop):
                 save()
@@ -368,7 +393,9 @@ def fit_problem(
         rows_per_s=log.rows_per_s,
         compile_s=log.compile_s,
         num_parameters=sum(leaf.size // len(seeds) for leaf in jax.tree.leaves(state.params)),
-        interrupted=bool(stop),
+        interrupted=stop,
+        input_rows_per_s=clock.rows_per_s,
+        input_wait=clock.waiting,
     )
 
 
@@ -386,7 +413,7 @@ def _warn_undefined(tasks: Sequence[Task], undefined: np.ndarray, per_task: bool
 
 def _open(state: TrainState, patience: int) -> np.ndarray:
     """bool[L, G]: which groups are still being selected for."""
-    return np.asarray(state.best.stale) < patience
+    return sharding.to_host(state.best.stale) < patience
 
 
 def _check_finite(losses, finite_params, open_, names, step, lanes, saved_step) -> None:

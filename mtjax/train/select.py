@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mtjax import sharding
 from mtjax.tasks import Task
 from mtjax.train.evaluate import Results, main_scores, undefined_scores
 from mtjax.train.loop import Fit
@@ -46,13 +47,12 @@ class Choice:
     def params(self, fitted: Fit) -> PyTree:
         """Best parameters of the chosen lanes: leaves [S, ...], or [S, K, ...] if chosen per task."""
         if not self.per_task:
-            return jax.tree.map(lambda leaf: np.asarray(leaf)[self.lanes[0]], fitted.best_params)
+            return jax.tree.map(lambda leaf: leaf[self.lanes[0]], sharding.to_host(fitted.best_params))
 
         def pick(leaf):
-            leaf = np.asarray(leaf)
             return np.stack([leaf[lanes, k] for k, lanes in enumerate(self.lanes)], axis=1)
 
-        return jax.tree.map(pick, fitted.best_params)
+        return jax.tree.map(pick, sharding.to_host(fitted.best_params))
 
 
 def choose_learning_rate(tasks: Sequence[Task], fitted: Fit, validation: Results) -> Choice:

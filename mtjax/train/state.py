@@ -10,8 +10,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from mtjax import sharding
 from mtjax.optim import base
 
 PyTree = Any
@@ -114,8 +116,12 @@ def create_lanes(
     num_groups: int = 1,
     start: PyTree | None = None,
     init_carry: Callable[[], PyTree] | None = None,
+    abstract: bool = False,
 ) -> TrainState:
     """Fresh runs, stacked: every leaf has a leading axis L, as those of `start`. A lane does not depend on the others.
+
+    On the ambient mesh every leaf is created where it belongs: a model larger than the memory of one device never lies
+    on one. `abstract` creates nothing: leaves are `jax.ShapeDtypeStruct`s with their shardings.
 
     On a CPU the program is compiled without optimisation: it runs once, and compiling the random number generator of
     every parameter with all passes takes longer than anything else of a short run (8 s against 1 s).
@@ -128,15 +134,28 @@ def create_lanes(
             init_params, method, optimizer, seed, rate, **sizes, start=start, init_carry=init_carry
         )
 
-    lanes = (jnp.asarray(seeds), jnp.asarray(learning_rates, jnp.float32), jax.tree.map(jnp.asarray, start))
+    def create_all(lanes):
+        return jax.lax.map(create, lanes)
+
+    lanes = (np.asarray(seeds, np.int32), np.asarray(learning_rates, np.float32), start)
+    mesh = sharding.current_mesh()
+    placed = {}
+    if mesh is not None or abstract:
+        shapes = jax.eval_shape(create_all, lanes)
+        if mesh is None:
+            return shapes
+        where = sharding.shardings(shapes, mesh)
+        if abstract:
+            return jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
+        placed = {"out_shardings": where}
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(lambda lanes: jax.lax.map(create, lanes)).lower(lanes).compile(compiler_options=options)(lanes)
+    return jax.jit(create_all, **placed).lower(lanes).compile(compiler_options=options)(lanes)
 
 
 @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
 def update_best_lanes(state: TrainState, scores: jax.Array, patience: int) -> TrainState:
     """`update_best` of every lane, scores f32[L, G]; the state is donated."""
-    return jax.vmap(update_best, in_axes=(0, 0, None))(state, scores, patience)
+    return sharding.constrain(jax.vmap(update_best, in_axes=(0, 0, None))(state, scores, patience))
 
 
 def update_best(state: TrainState, score: jax.Array, patience: int) -> TrainState:

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtjax import sharding
 from mtjax.gradients import conflict, value_and_jacobian
 from mtjax.optim.base import Method, choose
+from mtjax.optim.representation import Staged
 from mtjax.optim.routes import observe, observes, value_and_update
 from mtjax.tasks import Task, task_losses
 from mtjax.train.state import OptimizerFactory, TrainState
@@ -60,6 +62,13 @@ def supervised_loss(
     return loss_fn
 
 
+def pinned(loss_fn: Callable) -> Callable:
+    """The loss with its parameters, and so their gradients and Jacobians, where they belong on the ambient mesh."""
+    if isinstance(loss_fn, Staged):
+        return Staged(*(pinned(stage) for stage in loss_fn))
+    return lambda params, *args: loss_fn(sharding.constrain(params), *args)
+
+
 def make_train_step(
     loss_fn: Callable,
     method: Method,
@@ -78,6 +87,7 @@ def make_train_step(
       carries: whether the losses carry something from step to step: `loss_fn` then finds it in `batch['carry']` and
         returns `(losses, carry)`.
     """
+    loss_fn = pinned(loss_fn)
     gradient_fn = value_and_update(loss_fn, method, has_aux=carries, chunk_size=chunk_size)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
@@ -103,38 +113,60 @@ def make_train_step(
     return train_step
 
 
-def make_train_chunk(train_step: Callable) -> Callable:
+def gather_rows(data: PyTree, rows: jax.Array) -> PyTree:
+    """The batch of a step from whole columns: `column[rows]` of each."""
+    return jax.tree.map(lambda column: column[rows], data)
+
+
+def make_train_chunk(
+    train_step: Callable,
+    *,
+    take: Callable[[PyTree, PyTree], PyTree] = gather_rows,
+    shared: bool = False,
+    out_shardings: PyTree | None = None,
+) -> Callable:
     """Several steps in one dispatch, for a stack of runs: jitted, vmapped over lanes, the state donated.
 
+    Args:
+      train_step: `(state, batch) -> (state, metrics)`.
+      take: `(data, step) -> batch`.
+      shared: whether all lanes take the same steps; their leaves then have no lane axis.
+      out_shardings: of the states on a mesh; None: one device.
+
     Returns:
-      `(states [L, ...], data, indices i32[L, n, B], active bool[n]) -> (states, metrics [L, n, ...], finite bool[L])`.
-      `data` holds whole columns on the device; `active` switches off the steps that only pad a chunk to its fixed
-      length; `finite` tells whether all parameters are finite at the end.
+      `(states [L, ...], data, steps [L, n, ...], active bool[n]) -> (states, metrics [L, n, ...], finite bool[L])`.
+      `data` and `steps` are what `take` makes a batch of: by default whole columns on the device and row numbers
+      i32[L, n, B]. `active` switches off the steps that only pad a chunk to its fixed length; `finite` tells whether
+      all parameters are finite at the end.
     """
 
-    def run(state, data, indices, active):
+    def run(state, data, steps, active):
         def body(state, step):
-            rows, is_active = step
+            inputs, is_active = step
             # Not batched over lanes, so this stays a branch: a padding step costs nothing.
-            return jax.lax.cond(is_active, taken, skipped, state, rows)
+            return jax.lax.cond(is_active, taken, skipped, state, inputs)
 
-        def taken(state, rows):
-            return train_step(state, jax.tree.map(lambda column: column[rows], data))
+        def taken(state, inputs):
+            return train_step(state, take(data, inputs))
 
-        def skipped(state, rows):
-            shapes = jax.eval_shape(taken, state, rows)[1]
+        def skipped(state, inputs):
+            shapes = jax.eval_shape(taken, state, inputs)[1]
             return state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-        state, metrics = jax.lax.scan(body, state, (indices, active))
+        state, metrics = jax.lax.scan(body, state, (steps, active))
         finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]).all()
         return state, metrics, finite
 
-    return jax.jit(jax.vmap(run, in_axes=(0, None, 0, None)), donate_argnums=0)
+    placed = {}
+    if out_shardings is not None:
+        whole = sharding.replicated(jax.tree.leaves(out_shardings)[0].mesh)
+        placed = {"out_shardings": (out_shardings, whole, whole)}
+    return jax.jit(jax.vmap(run, in_axes=(0, None, None if shared else 0, None)), donate_argnums=0, **placed)
 
 
 def make_conflict_probe(loss_fn: Callable, *, chunk_size: int | None = None, carries: bool = False) -> Callable:
     """`(state [L, ...], batch, rng) -> f32[K, K]`, jitted: cosines of the first lane's per-task gradients."""
-    jacobian_fn = value_and_jacobian(loss_fn, has_aux=carries, chunk_size=chunk_size)
+    jacobian_fn = value_and_jacobian(pinned(loss_fn), has_aux=carries, chunk_size=chunk_size)
 
     def probe(state, batch, rng):
         params, carry = jax.tree.map(lambda leaf: leaf[0], (state.params, state.carry))

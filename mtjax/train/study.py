@@ -30,7 +30,7 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 @dataclasses.dataclass
-class Arguments:
+class Arguments(command.Machine):
     """See the head of the script."""
 
     preset: Literal["smoke", "demo", "study", "paper"] = "demo"
@@ -110,7 +110,8 @@ def run(
     shown = [row for row in result.rows if "examples" not in row]
     main_metrics = {task.name: task.main_metric.name for task in found.tasks}
     tables.print_report(dataclasses.replace(result, rows=shown), metrics=main_metrics)
-    pictures = found.draw(directory / "figures")
+    with command.own_folder(directory / "figures") as folder:
+        pictures = found.draw(folder)
     kept = args.preset == KEPT and (args.seeds, args.set) == (None, ())
     command.publish(result, directory, pictures, results if kept else None)
     return 0
@@ -131,4 +132,9 @@ def main(
     argv = list(sys.argv[1:] if argv is None else argv)
     name = f"{system.split('_', 1)[1]}.py"
     arguments = tyro.cli(Arguments, args=argv, prog=name, description=description)
-    return command.run_command(lambda: run(arguments, system, presets, body, results, row_defaults))
+
+    def on_machine() -> int:
+        with command.on_machine(arguments):
+            return run(arguments, system, presets, body, results, row_defaults)
+
+    return command.run_command(on_machine)

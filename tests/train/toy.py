@@ -1,8 +1,9 @@
 """A tiny training problem, shared by the tests of this folder; also a program for tests that kill it.
 
-python toy.py RUN_DIRECTORY RESULT.npz [--resume]
+python toy.py RUN_DIRECTORY RESULT.npz [--resume] [--mesh SPEC] [--distributed]
 """
 
+import argparse
 import json
 import pathlib
 import sys
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import mtjax
-from mtjax.train import Fit, TrainConfig, fit
+from mtjax import distributed, sharding
+from mtjax.train import Fit, TrainConfig, command, fit
 
 NUM_CODES, NUM_NUMERIC = 4, 3
 
@@ -92,13 +94,16 @@ class Contextual(nn.Module):
         return {name: nn.Dense(1, name=name)(x)[:, 0] for name in self.heads if task in (None, name)}
 
 
+def plain(leaf: Any) -> Any:
+    """A PRNG key as its data; everything else as it is."""
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
+
+
 def arrays(tree: Any) -> dict[str, np.ndarray]:
     """Path -> array of every leaf, PRNG keys as their data."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        found[jax.tree_util.keystr(path)] = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
-    return found
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(plain(leaf)) for path, leaf in leaves}
 
 
 # A run with everything that a resumed one must bring back: dropout, a method with a key of its own, two lanes, early
@@ -108,18 +113,36 @@ CONFIG = TrainConfig(
 )
 
 
-def train_toy(directory: pathlib.Path, *, resume: bool = False, config: TrainConfig = CONFIG, **options: Any) -> Fit:
+def train_toy(
+    directory: pathlib.Path | None,
+    *,
+    resume: bool = False,
+    config: TrainConfig = CONFIG,
+    width: int = 8,
+    **options: Any,
+) -> Fit:
     """Trains `Tiny`."""
     train, validation = make_split(120, 0), make_split(50, 1)
     tasks = make_tasks(train)
     arguments = dict(method=mtjax.optim.pcgrad(), seeds=(0, 1), learning_rates=(3e-2, 1e-2), progress=False)
-    model = Tiny(mtjax.head_sizes(tasks), dropout=0.2)
+    model = Tiny(mtjax.head_sizes(tasks), width, dropout=0.2)
     options = arguments | options
     return fit(model, tasks, train, validation, config=config, directory=directory, resume=resume, **options)
 
 
 if __name__ == "__main__":
-    fitted = train_toy(pathlib.Path(sys.argv[1]), resume="--resume" in sys.argv)
-    if fitted.interrupted:
-        sys.exit(130)
-    np.savez(sys.argv[2], history=json.dumps(fitted.history), **arrays(fitted.state))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=pathlib.Path)
+    parser.add_argument("result")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--mesh")
+    parser.add_argument("--distributed", action="store_true")
+    arguments = parser.parse_args()
+    on_mesh = {"width": 256} if arguments.mesh else {}  # large enough to be split
+    with command.on_machine(command.Machine(mesh=arguments.mesh, distributed=arguments.distributed)):
+        fitted = train_toy(arguments.run, resume=arguments.resume, **on_mesh)
+        if fitted.interrupted:
+            sys.exit(130)
+        found = arrays(sharding.to_host(jax.tree.map(plain, fitted.state)))
+        if distributed.is_main():
+            np.savez(arguments.result, history=json.dumps(fitted.history), **found)
