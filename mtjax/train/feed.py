@@ -21,6 +21,8 @@ import numpy as np
 
 from mtjax import sharding
 from mtjax.data.batches import LaneBatches
+from mtjax.data.prefetch import place_batch
+from mtjax.data.streams import Stream
 from mtjax.train.evaluate import num_rows
 
 PyTree = Any
@@ -62,6 +64,12 @@ class Feed(Protocol):
     def sample(self, count: int) -> PyTree:
         """Some rows, always the same."""
 
+    def describe(self) -> dict[str, Any]:
+        """What decides the batches beside the configuration, to be checked when a run is resumed (JSON)."""
+
+    def close(self) -> None:
+        """Ends its threads."""
+
 
 class _Rows:
     """Rows in memory, drawn by number."""
@@ -75,6 +83,12 @@ class _Rows:
 
     def seek(self, step: int, position: Mapping[str, Any]) -> None:
         del step, position  # rows are a function of the step
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing runs."""
 
     def _numbers(self, step: int, count: int, length: int) -> tuple[np.ndarray, dict[str, int]]:
         numbers = np.pad(self._batches.take(step, count), ((0, 0), (0, length - count), (0, 0)))
@@ -134,12 +148,9 @@ class Streamed:
 
     shared, data = True, ()
 
-    def __init__(self, stream: Any, *, mesh: jax.sharding.Mesh | None):
-        self.batch_size, self.steps_per_epoch, self.total_rows = (
-            stream.batch_size,
-            stream.steps_per_epoch,
-            stream.num_rows,
-        )
+    def __init__(self, stream: Stream, *, mesh: jax.sharding.Mesh | None):
+        self.batch_size, self.steps_per_epoch = stream.batch_size, stream.steps_per_epoch
+        self.total_rows = stream.rows_per_epoch
         self._stream, self._mesh = stream, mesh
         self._iterator = stream.iterator()
 
@@ -156,32 +167,41 @@ class Streamed:
 
     def seek(self, step: int, position: Mapping[str, Any]) -> None:
         del step
-        self._iterator.set_state(dict(position))
+        self._iterator.set_state(position)
 
     def sample(self, count: int) -> PyTree:
-        rows = next(self._stream.iterator())
-        return self._place(jax.tree.map(lambda column: column[:count], rows), axis=0)
+        return jax.tree.map(lambda column: column[:count], self._place(self._stream.batch(0), axis=0))
+
+    def describe(self) -> dict[str, Any]:
+        return {"stream": self._stream.describe()}
+
+    def close(self) -> None:
+        self._iterator.close()
 
     def _place(self, tree: PyTree, axis: int) -> PyTree:
         """A process has its own slice of every batch."""
         if self._mesh is None:
             return jax.tree.map(jnp.asarray, tree)
+        return place_batch(tree, self._mesh, axis=axis)
 
-        def place(local):
-            rows = local.shape[axis] * jax.process_count()
-            where = sharding.rows_sharding(rows, self._mesh, axis)
-            return jax.make_array_from_process_local_data(where, local)
 
-        return jax.tree.map(place, tree)
+def first_rows(train: Mapping[str, Any] | Stream, count: int) -> dict[str, Any]:
+    """The first rows of columns in memory or of the first batch of a stream: what an initialisation looks at."""
+    columns = dict(train) if isinstance(train, Mapping) else train.batch(0)
+    return jax.tree.map(lambda column: np.asarray(column[:count]), columns)
 
 
 def make_feed(
-    train: Any, batch_size: int, seeds: Sequence[int], lane_rows: np.ndarray | None, mesh: jax.sharding.Mesh | None
+    train: Mapping[str, Any] | Stream,
+    batch_size: int,
+    seeds: Sequence[int],
+    lane_rows: np.ndarray | None,
+    mesh: jax.sharding.Mesh | None,
 ) -> Feed:
     """The feed of a problem's training data, for the ambient mesh.
 
     Raises:
-      ValueError: if lanes are to have rows of their own of a stream.
+      ValueError: if lanes are to have rows of their own of a stream, or its batches are not of `batch_size`.
     """
     if isinstance(train, Mapping):
         if mesh is None:
@@ -189,6 +209,8 @@ def make_feed(
         return Gathered(dict(train), batch_size, seeds, lane_rows, mesh=mesh)
     if lane_rows is not None:
         raise ValueError("lane_rows names rows in memory; a stream gives all lanes the same batches")
+    if train.batch_size != batch_size:
+        raise ValueError(f"The stream has batches of {train.batch_size} rows, the training asks for {batch_size}")
     return Streamed(train, mesh=mesh)
 
 

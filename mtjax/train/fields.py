@@ -19,6 +19,7 @@ import numpy as np
 from mtjax import losses, sharding
 from mtjax.tasks import Task
 from mtjax.train.evaluate import Results, merge_statistics, padded_batches
+from mtjax.train.feed import first_rows
 from mtjax.train.problem import Evaluator, Problem
 
 PyTree = Any
@@ -159,18 +160,19 @@ def field_problem(
       model: an operator network.
       tasks: one per functional form or geometry, in the order of the column 'task'.
       domain: what the functions share.
-      train, validation: splits.
+      train, validation: splits; `train` may be a stream of rows, of which the first batch is checked.
       eval_batch_size: functions per dispatch at evaluation.
       **loss_options: see `field_loss`.
 
     Raises:
       ValueError: if a column does not fit the others.
     """
-    for name, split in (("train", train), ("validation", validation)):
+    in_memory = isinstance(train, Mapping)
+    for name, split in (("train", train if in_memory else first_rows(train, 2)), ("validation", validation)):
         _check(name, split, tasks, domain)
 
     def init_params(key):
-        rows = jax.tree.map(lambda column: jnp.asarray(column[:2]), dict(train))
+        rows = jax.tree.map(jnp.asarray, first_rows(train, 2))
         # Parameters do not depend on the points, but a grid of points has to be whole.
         return model.init({"params": key, "dropout": key}, domain.batch(rows))["params"]
 

@@ -22,6 +22,7 @@ import numpy as np
 from mtjax import sharding, threshold_metrics
 from mtjax.dense_tasks import DenseTask, edge
 from mtjax.train.evaluate import Results, merge_statistics, num_rows, outputs_of, padded_batches
+from mtjax.train.feed import first_rows
 from mtjax.train.problem import Evaluator, Problem
 
 PyTree = Any
@@ -229,6 +230,7 @@ def image_problem(
       model: a Linen model (contract 7); `with_aux` is passed only if there is a regularizer.
       tasks: in the order of the losses.
       train, validation: splits: 'image' u8[n, H, W, 3] and 'labels' {task: [n, ...]}; what else they hold is ignored.
+        `train` may be a stream of such rows, of which the first batch is checked.
       regularizer: `(aux: {layer: RouterStats}, tasks) -> {name: f[]}`, see `image_loss`.
       augment: changes of the training images.
       eval_batch_size: images per dispatch at evaluation.
@@ -239,12 +241,15 @@ def image_problem(
       ValueError: if a task has no labels in a split, or labels do not fit it.
     """
     tasks = tuple(tasks)
-    for name, split in (("train", train), ("validation", validation)):
+    in_memory = isinstance(train, Mapping)
+    example = _columns(first_rows(train, 2), tasks) if not in_memory else None
+    for name, split in (("train", train if in_memory else example), ("validation", validation)):
         _check(name, split, tasks)
-    train, validation = _columns(train, tasks), _columns(validation, tasks)
+    train, validation = _columns(train, tasks) if in_memory else train, _columns(validation, tasks)
+    example = first_rows(train, 2) if in_memory else example
 
     def init_params(key):
-        rows = jax.tree.map(lambda column: jnp.asarray(column[:2]), train)
+        rows = jax.tree.map(jnp.asarray, example)
         batch = {**rows, "image": normalise_image(rows["image"])}
         rngs = dict(zip(("params", "dropout", "gate"), jax.random.split(key, 3), strict=True))
         # In training mode: what only training runs (auxiliary branches) has parameters too.
@@ -256,7 +261,7 @@ def image_problem(
 
     loss_fn = image_loss(model, tasks, regularizer=regularizer, augment=augment)
     if regularizer is not None and loss_rows is None:
-        rows = jax.tree.map(lambda column: jax.ShapeDtypeStruct((2, *column.shape[1:]), column.dtype), train)
+        rows = jax.tree.map(lambda column: jax.ShapeDtypeStruct(column.shape, column.dtype), example)
         key = jax.random.key(0)
         # Keys of a dictionary that leaves a transformation are sorted: the order is read inside.
         order = []

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtjax.data.streams import Stream
 from mtjax.tasks import Task
 from mtjax.train.evaluate import Results, make_evaluate
+from mtjax.train.feed import first_rows
 from mtjax.train.step import supervised_loss
 
 PyTree = Any
@@ -25,7 +27,8 @@ class Problem:
 
     Attributes:
       tasks: names and metrics of what is evaluated; without `losses`, in the order of the losses.
-      train: columns of N rows (a pytree whose leaves have a leading axis N) from which batches are taken.
+      train: columns of N rows (a pytree whose leaves have a leading axis N) from which batches are taken, or a stream
+        of batches (`mtjax.data.streams.make_stream`).
       validation: rows by which the best parameters are chosen.
       loss_fn: `(params, batch, rng) -> losses` (contract 1).
       init_params: `key -> params` of one lane.
@@ -43,7 +46,7 @@ class Problem:
     """
 
     tasks: Sequence[Task]
-    train: Mapping[str, Any]
+    train: Mapping[str, Any] | Stream
     validation: Mapping[str, Any]
     loss_fn: Callable
     init_params: Callable[[jax.Array], PyTree]
@@ -61,10 +64,12 @@ class Problem:
         return tuple(task.name for task in self.tasks) if self.losses is None else tuple(self.losses)
 
 
-def inference_context(model: Any, train: Mapping[str, Any], num_context: int) -> dict[str, np.ndarray] | None:
+def inference_context(model: Any, train: Mapping[str, Any] | Stream, num_context: int) -> dict[str, np.ndarray] | None:
     """Evenly spread training rows for a model whose predictions attend to other rows; None for all others."""
     if not getattr(model, "needs_context", False):
         return None
+    if not isinstance(train, Mapping):
+        raise ValueError("The model reads training rows at inference: it needs columns in memory, not a stream")
     total = len(train["numeric"])
     rows = np.linspace(0, total - 1, min(num_context, total)).astype(int)
     return {key: np.asarray(train[key])[rows] for key in ("categorical", "numeric")}
@@ -73,7 +78,7 @@ def inference_context(model: Any, train: Mapping[str, Any], num_context: int) ->
 def table_problem(
     model: Any,
     tasks: Sequence[Task],
-    train: Mapping[str, Any],
+    train: Mapping[str, Any] | Stream,
     validation: Mapping[str, Any],
     *,
     regularizer: Callable | None = None,
@@ -85,7 +90,8 @@ def table_problem(
     Args:
       model: a Linen model (contract 7).
       tasks: fitted tasks.
-      train, validation: splits: 'categorical', 'numeric', 'labels' and optionally 'mask', 'weight'.
+      train, validation: splits: 'categorical', 'numeric', 'labels' and optionally 'mask', 'weight'; `train` may be a
+        stream.
       regularizer: see `supervised_loss`.
       eval_batch_size: rows per dispatch at evaluation.
       context_rows: training rows given as context to models with attention across rows.
@@ -93,7 +99,7 @@ def table_problem(
     context = inference_context(model, train, context_rows)
 
     def init_params(key):
-        example = jax.tree.map(lambda column: jnp.asarray(column[:8]), dict(train))
+        example = jax.tree.map(jnp.asarray, first_rows(train, 8))
         return model.init({"params": key, "dropout": key}, example, train=True)["params"]
 
     def evaluator(per_task: bool) -> Evaluator:
