@@ -14,8 +14,8 @@ gives logical names to its last dimensions (`NAMES`), and `RULES` maps a logical
 at their end, so that parameters, momenta, best parameters and Jacobians follow the same rule; leading dimensions that
 a parameter does not have itself (lanes, layers of a scan, tasks of a Jacobian) stay whole.
 
->>> logical_axes("trunk/block_0/attention/qkv/kernel", (64, 192))
-('embed', 'heads')
+>>> logical_axes("trunk/block_0/attention/qkv/kernel", (64, 3, 64))
+('embed', None, 'heads')
 >>> logical_axes("opt_state/0/mu/blocks/moe/kernel_in", (3, 12, 8, 64, 256))  # lanes, layers, then the parameter
 (None, None, 'expert', 'embed', 'mlp')
 """
@@ -38,8 +38,8 @@ BATCH_AXES = ("data", "fsdp", "expert")
 
 # Regular expressions for the end of a path, and the names of the last dimensions. The first that fits wins.
 NAMES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"attention/qkv/kernel", ("embed", "heads")),
-    (r"attention/qkv/bias", ("heads",)),
+    (r"attention/qkv/kernel", ("embed", None, "heads")),  # queries, keys and values
+    (r"attention/qkv/bias", (None, "heads")),
     (r"attention/out/kernel", ("heads", "embed")),
     (r"feed_forward/in/kernel", ("embed", "mlp")),
     (r"feed_forward/in/bias", ("mlp",)),
@@ -48,6 +48,8 @@ NAMES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"bias_in", ("expert", "mlp")),
     (r"kernel_out", ("expert", "mlp", "embed")),
     (r"bias_out", ("expert", None)),
+    (r"experts/query_kernel", ("expert", "embed", None)),  # of a mixture of attention heads
+    (r"experts/out_kernel", ("expert", None, "embed")),
     (r"experts/dense_\d+/kernel", ("expert", "embed", "mlp")),
     (r"experts/dense_\d+/bias", ("expert", "mlp")),
     (r"(bias|scale|step|count|score|stale)", (None,)),  # short vectors and counters
@@ -89,6 +91,21 @@ def parse_mesh(spec: str, num_devices: int) -> dict[str, int]:
         multiple = " or a multiple" if -1 in sizes.values() else ""
         raise ValueError(f"The mesh {spec!r} has {known} devices{multiple}, but {there}")
     return {name: sizes.get(name, 1) for name in AXES}
+
+
+def mesh_size(spec: str) -> int:
+    """Number of devices of a mesh that is said in full.
+
+    Raises:
+      ValueError: as `parse_mesh`, or if a size is to be inferred.
+
+    >>> mesh_size("data=32,expert=8")
+    256
+    """
+    if "-1" in spec:
+        raise ValueError(f"The mesh {spec!r} is to be described: give all its sizes, as in data=32,expert=8")
+    known = math.prod(int(size) for size in re.findall(r"=\s*(\d+)", spec))
+    return math.prod(parse_mesh(spec, known).values())
 
 
 def make_mesh(spec: str = "data=-1", devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:

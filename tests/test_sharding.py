@@ -78,7 +78,7 @@ def test_momenta_and_jacobians_follow_their_parameter(mesh, params):
     import optax
 
     own = sharding.shardings(params, mesh)["block_0"]["attention"]["qkv"]["kernel"].spec
-    assert own == P("fsdp", "tensor")
+    assert own == P("fsdp", None, "tensor")
     state = jax.eval_shape(optax.adam(1e-3).init, params)
     assert sharding.shardings(state, mesh)[0].mu["block_0"]["attention"]["qkv"]["kernel"].spec == own
     rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((5, *leaf.shape), leaf.dtype), params)

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 import mtjax
-from mtjax import optim
+from mtjax import dryrun, optim
 from mtjax.metrics import Metric, relative_l2
 from mtjax.models.mt_deeponet_training import small_optimizer
 from mtjax.optim.base import Method
@@ -263,11 +263,13 @@ def train_arms(
       joint: name of the joint arm.
     """
     wanted = {name: how[name] for name in names} | {f"{joint}, {name}": {"method": METHODS[name]()} for name in methods}
-    arms = {}
-    for name, options in wanted.items():
-        arms[name] = arm(name, **options)
-        say(arms[name])
-    return arms
+
+    def train(name: str) -> Arm:
+        trained = arm(name, **wanted[name])
+        say(trained)
+        return trained
+
+    return dryrun.each(list(wanted), train)
 
 
 def arm_rows(arms: Mapping[str, Arm], baseline: str) -> list[report.Row]:

@@ -27,7 +27,7 @@ import numpy as np
 import rooms_study
 from training import Arm, Recipe, arm_rows, beats, run_study, train_arm
 
-from mtjax import macs, plots_vision
+from mtjax import dryrun, macs, plots_vision
 from mtjax.data import rooms
 from mtjax.models.cross_stitch import CrossStitchViT
 from mtjax.models.m3vit import M3VIT_S, M3ViT, M3ViTConfig, m3vit_balance
@@ -148,8 +148,8 @@ def expert_config(config: Config, router: Literal["single", "task_conditioned", 
 def train_arms(config: Config, data: Mapping[str, Any], run: pathlib.Path, resume: bool) -> dict[str, Arm]:
     """All arms, at one budget."""
     tasks = rooms_study.make_tasks(config.tasks)
-    arms = {}
-    for name in config.arms:
+
+    def arm(name: str) -> Arm:
         model = make_model(config, name, rooms_study.head_sizes(tasks))
         problem = image_problem(
             model,
@@ -159,7 +159,7 @@ def train_arms(config: Config, data: Mapping[str, Any], run: pathlib.Path, resum
             regularizer=m3vit_balance(config.balance) if name in ROUTERS else None,
             augment=Augment(),
         )
-        arms[name] = train_arm(
+        return train_arm(
             name,
             model,
             problem,
@@ -171,7 +171,8 @@ def train_arms(config: Config, data: Mapping[str, Any], run: pathlib.Path, resum
             judge=rooms_study.judged(model, tasks, data["validation"]),
             record={"config": plain(config)},
         )
-    return arms
+
+    return dryrun.each(config.arms, arm)
 
 
 def published_costs() -> dict[str, float]:

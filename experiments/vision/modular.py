@@ -38,7 +38,7 @@ from training import (
     train_arm,
 )
 
-from mtjax import dense_tasks, plots_vision
+from mtjax import dense_tasks, dryrun, plots_vision
 from mtjax.data import rooms
 from mtjax.dense_tasks import DenseTask
 from mtjax.models import mod_squad_surgery as surgery
@@ -215,7 +215,7 @@ def train_arms(config: Config, data: Mapping[str, Any], run: pathlib.Path, resum
             "recipe": longer,
         },
     }
-    arms = {name: arm(name, tasks, **how[name]) for name in config.arms if name in how}
+    arms = dryrun.each([name for name in config.arms if name in how], lambda name: arm(name, tasks, **how[name]))
     if ALONE in config.arms:
         own = [
             arm(f"{ALONE}, {task.name}", (task,), regularizer=balanced(config.balance), uncertainty=False)

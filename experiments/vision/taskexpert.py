@@ -26,7 +26,7 @@ import numpy as np
 import rooms_study
 from training import Arm, Recipe, arm_rows, beats, measured, run_study, train_arm
 
-from mtjax import plots_vision
+from mtjax import dryrun, plots_vision
 from mtjax.data import rooms
 from mtjax.models.static_decoders import StaticConfig, StaticDecoder, StaticViT, match_width, parameter_count
 from mtjax.models.taskexpert import GateStats, TaskExpert, TaskExpertConfig, TaskExpertDecoder, gate_entropy
@@ -117,10 +117,10 @@ def make_model(config: Config, arm: str, heads: Mapping[str, int]) -> Any:
 def train_arms(config: Config, data: Mapping[str, Any], run: pathlib.Path, resume: bool) -> dict[str, Arm]:
     """All arms, at one budget."""
     tasks = rooms_study.make_tasks(config.tasks)
-    arms = {}
-    for name in config.arms:
+
+    def arm(name: str) -> Arm:
         model = make_model(config, name, rooms_study.head_sizes(tasks))
-        arms[name] = train_arm(
+        return train_arm(
             name,
             model,
             image_problem(model, tasks, data["train"], data["validation"], augment=Augment()),
@@ -132,7 +132,8 @@ def train_arms(config: Config, data: Mapping[str, Any], run: pathlib.Path, resum
             judge=rooms_study.judged(model, tasks, data["validation"]),
             record={"config": plain(config)},
         )
-    return arms
+
+    return dryrun.each(config.arms, arm)
 
 
 def gates_of(arm: Arm, images: np.ndarray, batch_size: int = 64) -> dict[str, np.ndarray]:

@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from mtjax import distributed, sharding
+from mtjax import distributed, dryrun, sharding
+from mtjax.train import profiling
 from mtjax.train.loop import NonFiniteLossError
 from mtjax.train.report import Report
 
@@ -41,29 +42,47 @@ class Machine:
     distributed: bool = False
     """One of several processes that train together: started by a cluster's launcher (SLURM, GKE, Open MPI, TPU pods) or
     by python -m mtjax.launch."""
+    profile: pathlib.Path | None = None
+    """Write a trace of some steps of the first training into this folder."""
+    dry_run: bool = False
+    """Train nothing: compile the step of the first model for --mesh, which may have more devices than there are, and
+    print memory, operations and communication of a device."""
 
 
 MACHINE = tuple(field.name for field in dataclasses.fields(Machine))
 
 
-@contextlib.contextmanager
-def on_machine(args: Machine) -> Iterator[None]:
-    """Joins the other processes and makes the mesh ambient, as the options say; process 0 alone prints.
+def run_on_machine(args: Machine, argv: Sequence[str], body: Callable[[], int]) -> int:
+    """Runs the body of a script where its options say: joins the other processes, makes the mesh ambient.
 
-    Raises:
-      ValueError: if the mesh does not fit the devices, or there are no other processes to join.
+    Process 0 alone prints. A dry run starts the script anew, in a process that simulates the devices of the mesh.
+
+    Args:
+      args: parsed from `argv`.
+      argv: arguments of the script.
+      body: of the script.
+
+    Returns:
+      The exit status; see `run_command` for errors.
     """
-    if args.distributed:
-        distributed.initialize()
-    spec = args.mesh or ("data=-1" if args.distributed else None)
-    if spec is None and jax.local_device_count() > 1 and jax.default_backend() != "cpu":
-        print(f"note: one of {jax.local_device_count()} devices is used; --mesh data=-1 uses all of them")
-    with contextlib.ExitStack() as stack:
+
+    def run() -> int:
+        if args.dry_run and not dryrun.in_child():
+            return dryrun.run_in_child(argv, sharding.mesh_size(args.mesh or "data=1"))
         if args.distributed:
-            stack.enter_context(distributed.only_main_prints())
-        if spec is not None:
-            stack.enter_context(jax.set_mesh(sharding.make_mesh(spec)))
-        yield
+            distributed.initialize()
+        spec = args.mesh or ("data=-1" if args.distributed else None)
+        if spec is None and jax.local_device_count() > 1 and jax.default_backend() != "cpu":
+            print(f"note: one of {jax.local_device_count()} devices is used; --mesh data=-1 uses all of them")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(profiling.profiled(args.profile if distributed.is_main() else None))
+            if args.distributed:
+                stack.enter_context(distributed.only_main_prints())
+            if spec is not None:
+                stack.enter_context(jax.set_mesh(sharding.make_mesh(spec)))
+            return body()
+
+    return run_command(run)
 
 
 def run_command(body: Callable[[], int]) -> int:
@@ -83,11 +102,13 @@ def run_command(body: Callable[[], int]) -> int:
             return body()
         except KeyboardInterrupt:
             print("\nInterrupted.", file=sys.stderr)
+            distributed.leave_at_exit(INTERRUPTED)
             return INTERRUPTED
         except (ValueError, OSError, ImportError, NonFiniteLossError) as error:
             if os.environ.get("MTJAX_TRACEBACK"):
                 raise
             print(f"error: {error}", file=sys.stderr)
+            distributed.leave_at_exit(2)
             return 2
 
 

@@ -18,22 +18,25 @@ import pathlib
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mtjax import distributed, sharding
+from mtjax import distributed, dryrun, sharding
 from mtjax.optim import linear
 from mtjax.optim.base import Method
 from mtjax.tasks import Task
+from mtjax.train.accumulate import accumulate, labelled
 from mtjax.train.checkpoint import Checkpoints
 from mtjax.train.evaluate import Results, main_scores, num_rows, selection_scores, undefined_scores
 from mtjax.train.feed import Chunk, InputClock, make_feed
 from mtjax.train.monitor import MetricsWriter, Progress, stop_on_signals
+from mtjax.train.precision import compute_in
 from mtjax.train.problem import Problem, table_problem
+from mtjax.train.profiling import profile_window
 from mtjax.train.runlog import RunLog, check_same_run
 from mtjax.train.state import OptimizerFactory, TrainState, create_lanes, update_best_lanes
 from mtjax.train.step import make_conflict_probe, make_train_chunk, make_train_step
@@ -59,6 +62,10 @@ class TrainConfig:
       context_rows: training rows given as context to models with attention across rows.
       chunk_size: backward passes at once for per-task gradients; None: all.
       conflict_rows: rows on which gradient conflict of the first lane is measured at each evaluation; 0: not at all.
+      accumulate: micro-batches per step, one after the other: exact for every method, with the activations of one
+        micro-batch in memory (`mtjax.train.accumulate`).
+      compute_dtype: 'float32', or 'bfloat16' for products; parameters, optimiser, per-task gradients and Gramians stay
+        float32 (`mtjax.train.precision`).
     """
 
     batch_size: int = 512
@@ -73,10 +80,12 @@ class TrainConfig:
     context_rows: int = 512
     chunk_size: int | None = None
     conflict_rows: int = 0
+    accumulate: int = 1
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         counts = ("batch_size", "max_epochs", "patience", "steps_per_dispatch")
-        for name in (*counts, "eval_batch_size", "context_rows", "checkpoint_every", "chunk_size"):
+        for name in (*counts, "eval_batch_size", "context_rows", "checkpoint_every", "chunk_size", "accumulate"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
@@ -87,6 +96,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be > 0, or None for no clipping, got {self.clip_norm}")
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"compute_dtype must be 'float32' or 'bfloat16', got {self.compute_dtype!r}")
 
     def next_evaluation(self, step: int, steps_per_epoch: int) -> int:
         """The step of the next evaluation after `step`: several within an epoch, or one after several epochs."""
@@ -96,6 +107,15 @@ class TrainConfig:
         epoch, offset = divmod(step, steps_per_epoch)
         every = math.ceil(steps_per_epoch / self.evals_per_epoch)
         return epoch * steps_per_epoch + min((offset // every + 1) * every, steps_per_epoch)
+
+    def loss(self, problem: Problem) -> Callable:
+        """The problem's losses in the chosen precision, over micro-batches if asked for."""
+        loss_fn = compute_in(problem.loss_fn, self.compute_dtype)
+        if self.accumulate == 1:
+            return loss_fn
+        # What the losses of a problem without labels are means over: all rows.
+        has_labels = not isinstance(problem.train, Mapping) or {"labels", "task"} & problem.train.keys()
+        return accumulate(loss_fn, self.accumulate, counts=labelled(problem.tasks) if has_labels else lambda batch: {})
 
     def optimizer(self, learning_rate: jax.Array) -> optax.GradientTransformation:
         """AdamW with a constant rate, as in MultiTab's configurations."""
@@ -180,7 +200,8 @@ def fit(
     Args:
       model: a Linen model (contract 7).
       tasks: fitted tasks.
-      train, validation: splits: 'categorical', 'numeric', 'labels' and optionally 'mask', 'weight'.
+      train, validation: splits: 'categorical', 'numeric', 'labels' and optionally 'mask', 'weight'; `train` may be a
+        stream of such rows (`mtjax.data.streams`).
       config: how to train.
       regularizer: see `supervised_loss`.
       **options: everything else that `fit_problem` takes.
@@ -248,6 +269,7 @@ def fit_problem(
       A `Fit`.
 
     Raises:
+      DryRunDone: in a process that only describes the run (`mtjax.dryrun`), after printing what a step takes.
       NonFiniteLossError: if a loss or the parameters become NaN or infinite; no checkpoint holds such a state. (Losses
         may under a method wrapped in `mtjax.optim.nonfinite` with another policy than 'propagate'.)
       ValueError: for arguments that do not fit, a directory that already holds a run (without `resume`), or a resume
@@ -264,6 +286,12 @@ def fit_problem(
     if resume and directory is None:
         raise ValueError("resume=True needs the run's directory")
 
+    if dryrun.in_child():
+        result = dryrun.dry_run(
+            problem, method=method, optimizer=optimizer, config=config, seeds=len(seeds), per_task=per_task, title=title
+        )
+        print(dryrun.report(result), flush=True)
+        raise dryrun.DryRunDone(result)
     tasks, mesh = problem.tasks, sharding.current_mesh()
     feed = make_feed(problem.train, config.batch_size, seeds, lane_rows, mesh)
     steps_per_epoch = feed.steps_per_epoch
@@ -273,9 +301,10 @@ def fit_problem(
     rows_per_step = feed.batch_size * len(seeds)
 
     how = {"chunk_size": config.chunk_size, "carries": problem.init_carry is not None}
-    train_step = make_train_step(problem.loss_fn, method, optimizer, **how)
+    loss_fn = config.loss(problem)
+    train_step = make_train_step(loss_fn, method, optimizer, **how)
     evaluate = problem.evaluator(False)
-    probe = make_conflict_probe(problem.loss_fn, **how) if config.conflict_rows else None
+    probe = make_conflict_probe(loss_fn, **how) if config.conflict_rows else None
 
     names, groups = problem.loss_names, len(tasks) if per_task else 1
     state = create_lanes(
@@ -299,6 +328,7 @@ def fit_problem(
         "rows": [feed.total_rows, num_rows(problem.validation)],
         "train": dataclasses.asdict(config),
         **({} if problem.losses is None else {"losses": list(names)}),
+        **feed.describe(),
         **dict(record or {}),
     }
     checkpoints = None if directory is None else Checkpoints(directory / "checkpoints")
@@ -343,15 +373,18 @@ def fit_problem(
     with contextlib.ExitStack() as stack:
         if checkpoints is not None:
             stack.callback(checkpoints.close)  # waits for saves under way, whatever happens
+        stack.callback(feed.close)
         main = distributed.is_main()
         writer = MetricsWriter(directory if main else None, tensorboard=tensorboard, history=log.history)
         stack.callback(writer.close)
         asked = stack.enter_context(stop_on_signals())
         stop = False
+        window = stack.enter_context(profile_window())
         bar = stack.enter_context(Progress(title, total_steps, step, enabled=progress and main))
         ahead = None
         while step < total_steps and _open(state, config.patience).any() and not stop:
             chunk, count, until = next_chunk(step) if ahead is None else ahead
+            window.step(step)
             began = time.perf_counter()
             active = np.arange(chunk_steps) < count
             state, step_metrics, finite = run_chunk(state, feed.data, chunk.steps, active)
@@ -380,6 +413,11 @@ def fit_problem(
                 saved_step = step
         if checkpoints is not None:
             save()
+        if main and progress and feed.shared:
+            print(
+                f"{title}: input at {clock.rows_per_s:,.0f} rows/s; the device waited for it at most "
+                f"{clock.waiting:.0%} of the time"
+            )
 
     # Chosen per task, there is one set of parameters per task: another program.
     of_best = problem.evaluator(True) if per_task else evaluate

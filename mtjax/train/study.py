@@ -88,6 +88,9 @@ def run(
     args, directory = command.settle_run(args, pathlib.Path("runs") / system)
     config = override(presets[args.preset], args.set)
     config = dataclasses.replace(config, seeds=config.seeds if args.seeds is None else args.seeds)
+    if args.dry_run:
+        body(config, directory, False)
+        raise ValueError("--dry-run: nothing was trained, so there is nothing to describe")
     where = report.provenance(outputs=[directory, results])
     settings = plain(config)
     if args.resume and command.read_run(directory).get("config") != settings:
@@ -133,8 +136,7 @@ def main(
     name = f"{system.split('_', 1)[1]}.py"
     arguments = tyro.cli(Arguments, args=argv, prog=name, description=description)
 
-    def on_machine() -> int:
-        with command.on_machine(arguments):
-            return run(arguments, system, presets, body, results, row_defaults)
+    def body_on_machine() -> int:
+        return run(arguments, system, presets, body, results, row_defaults)
 
-    return command.run_command(on_machine)
+    return command.run_on_machine(arguments, argv, body_on_machine)
