@@ -7,15 +7,17 @@ through per-task gradients, those through a multi-objective transform, and its d
     updates, state = optax.chain(mtjax.optim.pcgrad(), optax.adamw(1e-3)).update(jacobian, state, params)
 
 Rooms: `tasks`, `dense_tasks`, `losses`, `metrics`, `delta`, `gradients`, `optim`, `nn`, `models`, `physics`, `data`,
-`train`, `plots`.
+`train`, `plots`. `sharding` says where numbers live on a mesh, `distributed` and `launch` start several processes,
+`export` writes a trained model to a file that runs without mtjax.
 """
 
 from mtjax import _compat
 
 _compat.check_jaxlib()
 
-from mtjax import dense_tasks, losses, metrics, optim
+from mtjax import dense_tasks, losses, metrics, optim, sharding
 from mtjax.delta import DeltaM, delta_m, delta_table
+from mtjax.export_file import export
 from mtjax.gradients import (
     Conflict,
     combine,
@@ -42,12 +44,14 @@ __all__ = [
     "delta_m",
     "delta_table",
     "directional_derivatives",
+    "export",
     "gramian",
     "head_sizes",
     "losses",
     "metrics",
     "optim",
     "predictions",
+    "sharding",
     "task_losses",
     "value_and_disjoint_jacobian",
     "value_and_jacobian",

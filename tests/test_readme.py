@@ -41,7 +41,7 @@ def test_options_of_the_shell_examples_exist():
     for line in "".join(blocks("bash")).splitlines():
         words = shlex.split(line, comments=True)
         assert words[0] == "python" and words[1].startswith("experiments/")
-        script = (ROOT / words[1]).read_text()
+        script = "\n".join(path.read_text() for path in (ROOT / words[1]).parent.glob("*.py"))
         for option in (word.removeprefix("--") for word in words if word.startswith("--")):
             assert re.search(rf"^    {option}: ", script, flags=re.MULTILINE), option
 

@@ -5,7 +5,10 @@ grid, equal budget. The names are those of the command line.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import mtjax
 from mtjax.models import ft_transformer, mlp_baselines, multitab, saint, tab_transformer
 from mtjax.train.loop import TrainConfig
 
@@ -156,3 +159,13 @@ MODELS = {
     "SAINT": _transformer(saint.single_task_saint),
 }
 SINGLE_TASK = ("single-task MLP", "FT-Transformer", "TabTransformer", "SAINT")
+
+
+def model_shape(tasks: Sequence[mtjax.Task], data: Any) -> tuple[Mapping[str, int], tuple[int, ...], int]:
+    """heads, cardinalities, num_numeric: what a model needs to know of the data."""
+    return mtjax.head_sizes(tasks), tuple(data.cardinalities), data.num_numeric
+
+
+def slug(name: str) -> str:
+    """The name of a model as that of a folder."""
+    return name.lower().replace(", ", "-").replace(" ", "_")

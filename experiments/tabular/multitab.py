@@ -26,15 +26,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import numpy as np
-from candidates import MODELS, PRESETS, SINGLE_TASK, Config
+from candidates import MODELS, PRESETS, SINGLE_TASK, Config, model_shape, slug
+from trained import Export, Predict, export, predict
 
 import mtjax
 from mtjax import data as sources
-from mtjax import distributed, plots
-from mtjax.data import frames
+from mtjax import distributed, dryrun, plots
 from mtjax.models import mlp_baselines
-from mtjax.train import checkpoint, command, compare, evaluate, loop, report, select, tables
-from mtjax.train.config import from_json, override
+from mtjax.train import checkpoint, command, compare, loop, report, select, tables
+from mtjax.train.config import override
 from mtjax.train.problem import inference_context
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -66,7 +66,8 @@ FILES = {"higgs": sources.higgs.load, "acs_income": sources.acs_income.load, "al
 class Train(command.Machine):
     """Train multitask models on a table, compare them with single-task models, and keep them for prediction.
 
-    `python experiments/tabular/multitab.py predict --help` explains how to use a trained model on new rows.
+    `python experiments/tabular/multitab.py predict --help` explains how to use a trained model on new rows, and
+    `export --help` how to take it elsewhere.
     """
 
     preset: Literal["smoke", "demo", "paper"] = "demo"
@@ -97,25 +98,6 @@ class Train(command.Machine):
     """Override configuration fields, e.g. --set width=16 train.batch_size=1024."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
-
-
-@dataclasses.dataclass
-class Predict:
-    """Predict the targets of new rows with a model that was trained before; averages the models of all seeds."""
-
-    run: pathlib.Path
-    """Run directory of the training."""
-    data: pathlib.Path
-    """CSV or Parquet file with the input columns; other columns are ignored."""
-    out: pathlib.Path = pathlib.Path("predictions.csv")
-    """CSV file to write, one row per input row."""
-    model: str | None = None
-    """Which of the trained models; by default the one with the best validation score."""
-
-
-def model_shape(tasks: Sequence[mtjax.Task], data: Any) -> tuple[Mapping[str, int], tuple[int, ...], int]:
-    """heads, cardinalities, num_numeric: what a model needs to know of the data."""
-    return mtjax.head_sizes(tasks), tuple(data.cardinalities), data.num_numeric
 
 
 def load(args: Train, config: Config) -> Any:
@@ -180,12 +162,18 @@ def compare_models(
     data: Any, config: Config, args: Train, run: pathlib.Path, names: Sequence[str], note: str = ""
 ) -> dict:
     """Runs every model; returns name -> Outcome, without the models after an interruption."""
+
+    def train_model(name: str) -> compare.Outcome:
+        return run_model(name, data, config, args, run / "models" / slug(name), name + note)
+
+    if args.dry_run:
+        dryrun.each(names, train_model)
     command.write_same(run / "encoder.json", data.encoder.to_json(), resume=args.resume)
     tasks = json.dumps([task.to_json() for task in data.tasks])
     command.write_same(run / "tasks.json", tasks, resume=args.resume)
     outcomes = {}
     for name in names:
-        outcome = run_model(name, data, config, args, run / "models" / slug(name), name + note)
+        outcome = train_model(name)
         if outcome is None:
             break
         outcomes[name] = outcome
@@ -195,10 +183,6 @@ def compare_models(
     if distributed.is_main():
         (run / "scores.json").write_text(json.dumps(scores))
     return outcomes
-
-
-def slug(name: str) -> str:
-    return name.lower().replace(", ", "-").replace(" ", "_")
 
 
 def flight_findings(tasks, outcomes: Mapping[str, compare.Outcome], gains: Mapping[str, Any]) -> list[report.Finding]:
@@ -347,7 +331,8 @@ def train(args: Train) -> int:
     settings = {"preset": args.preset, "data": args.data, "method": args.method, "models": list(names)}
     settings["config"] = dataclasses.asdict(config)
     data = None if args.data == "bench" else load(args, config)
-    command.write_run(run, args, **settings)
+    if not args.dry_run:
+        command.write_run(run, args, **settings)
 
     if args.data == "bench":
         system, outcome = "multitab_bench", sweep_bench(config, args, run, names)
@@ -401,47 +386,17 @@ def interrupted(run: pathlib.Path) -> int:
     return command.INTERRUPTED
 
 
-def predict(args: Predict) -> int:
-    """Writes the predictions of a trained model on new rows; returns the exit status."""
-    settings = command.read_run(args.run)
-    scores = json.loads((args.run / "scores.json").read_text()) if (args.run / "scores.json").exists() else {}
-    if not scores:
-        raise ValueError(f"--run {args.run}: no model of this run has finished training")
-    name = args.model or max(scores, key=scores.get)
-    if name not in scores:
-        raise ValueError(f"--model {name}: this run trained {', '.join(scores)}")
-    config = from_json(Config, settings["config"])
-    encoder = sources.TabularEncoder.from_json((args.run / "encoder.json").read_text())
-    tasks = [mtjax.Task.from_json(fields) for fields in json.loads((args.run / "tasks.json").read_text())]
-    rows = encoder.encode(frames.read_table(args.data), labels=False)
-    directory = args.run / "models" / slug(name)
-    context = None
-    if (directory / "context.npz").exists():
-        with np.load(directory / "context.npz", allow_pickle=False) as arrays:
-            context = dict(arrays)
-    model = MODELS[name](model_shape(tasks, encoder), config)
-    params = checkpoint.load_params(directory / "best.npz")
-    predictions = evaluate.predict(model, params, tasks, rows, context=context, per_task=name in SINGLE_TASK)
-    frame = encoder.decode_predictions(predictions)
-    frame.to_csv(args.out, index=False)
-    print(f"{len(frame)} rows predicted by {name} -> {args.out}")
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["predict"]:
-        arguments = tyro.cli(Predict, args=argv[1:], prog="multitab.py predict")
-        return command.run_command(lambda: predict(arguments))
+    for name, options, body in (("predict", Predict, predict), ("export", Export, export)):
+        if argv[:1] == [name]:
+            arguments = tyro.cli(options, args=argv[1:], prog=f"multitab.py {name}")
+            return command.run_command(lambda: body(arguments))  # noqa: B023
     arguments = tyro.cli(Train, args=argv, prog="multitab.py")
 
-    def on_machine() -> int:
-        with command.on_machine(arguments):
-            return train(arguments)
-
-    return command.run_command(on_machine)
+    return command.run_on_machine(arguments, argv, lambda: train(arguments))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class AITM(nn.Module):
         tokens = FeatureTokenizer(
             self.cardinalities, self.num_numeric, self.width, self.embedding_init, name="tokenizer"
         )(batch)
-        x = tokens.reshape(len(tokens), -1)
+        x = tokens.reshape(tokens.shape[0], -1)
         style = (self.activation, self.dropout, self.norm, self.kernel_init)
         towers = StackedMLP(len(order), self.features, *style, name="towers")
         q = towers(x, None if steps == len(order) else tuple(range(steps)), train=train)  # [steps, B, k]

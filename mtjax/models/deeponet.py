@@ -169,7 +169,9 @@ class DeepONet(nn.Module):
             return False
         if len(self.trunk.features) < 2 or coefficients.shape[-1] != self.trunk.features[-1]:
             return False
-        functions, (width, num_basis) = len(coefficients), self.trunk.features[-2:]
+        if not all(isinstance(size, int) for size in (*coefficients.shape, *points.shape)):
+            return False  # sizes are not known yet: an export
+        functions, (width, num_basis) = coefficients.shape[0], self.trunk.features[-2:]
         at_points = points.size // points.shape[-1]  # N, or B N
         sums = at_points * (functions if points.ndim == 2 else 1)
         return width * (functions * num_basis + sums) < num_basis * (at_points * width + sums)

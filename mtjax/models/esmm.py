@@ -91,7 +91,7 @@ class ESMM(nn.Module):
         tokens = FeatureTokenizer(
             self.cardinalities, self.num_numeric, self.width, self.embedding_init, name="tokenizer"
         )(batch)
-        x = tokens.reshape(len(tokens), -1)
+        x = tokens.reshape(tokens.shape[0], -1)
         towers = TaskHeads(
             self.heads, self.tower, self.activation, self.dropout, self.norm, self.kernel_init, name="heads"
         )

@@ -207,7 +207,7 @@ class GatedExpertModel(nn.Module):
         columns = (self.cardinalities, self.num_numeric, self.width)
         if self.wiring.embeddings == 1:
             tokens = FeatureTokenizer(*columns, self.embedding_init, name="tokenizer")(batch)
-            return tokens.reshape(len(tokens), -1)
+            return tokens.reshape(tokens.shape[0], -1)
         return StackedEmbeddings(
             self.wiring.embeddings, *columns, embedding_init=self.embedding_init, name="embeddings"
         )(batch, streams)
