@@ -112,7 +112,7 @@ class DryRun:
       mesh: size of every axis.
       device: what it was compiled for.
       batch_size: B, rows of a step on all devices together, for each lane.
-      row_shards: devices that the rows are split over; 'tensor' repeats them, and so does an axis that does not divide B.
+      row_shards: devices that the rows are split over: all but those along "tensor", if their number divides B.
       seeds: L.
       num_tasks: K.
       num_parameters: scalars of a lane.

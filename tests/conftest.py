@@ -4,6 +4,7 @@ import os
 import pathlib
 
 import jax
+import jaxlib
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -17,9 +18,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# A test compiles many programs and runs each for microseconds: without LLVM's optimisation the suite takes a fifth less
-# time. What the compiler does to memory and collectives, which tests look at, comes before that.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+# A test compiles many programs and runs each for microseconds: without LLVM's optimisation, without the newer emitters
+# of loops (of jaxlib 0.10, whose flags these are) and in one piece they compile in a third of the time. What the
+# compiler does to memory and collectives, which tests look at, comes before that.
+FLAGS = "--xla_backend_optimization_level=0"
+if jaxlib.__version__.startswith("0.10."):
+    FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A cache beside the tests: a second run, and the processes that tests start, compile nothing twice.
 CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import mtjax
-from mtjax.models import ModSquad, ModSquadConfig
+from mtjax.models import ModSquad, ModSquadConfig, shared_bottom
 from mtjax.nn import Dispatch, ViTConfig
+from mtjax.train import TrainConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -21,6 +22,11 @@ TEXT = (ROOT / "README.md").read_text()
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
+
+
+def block_with(text: str) -> str:
+    """The python block that holds a text."""
+    return next(block for block in blocks("python") if text in block)
 
 
 def test_the_first_two_sh_blocks_are_the_documented_commands():
@@ -37,13 +43,26 @@ def test_extras_exist():
     assert {first or second for first, second in named} <= set(extras) and named
 
 
-def test_options_of_the_shell_examples_exist():
-    for line in "".join(blocks("bash")).splitlines():
-        words = shlex.split(line, comments=True)
-        assert words[0] == "python" and words[1].startswith("experiments/")
-        script = "\n".join(path.read_text() for path in (ROOT / words[1]).parent.glob("*.py"))
-        for option in (word.removeprefix("--") for word in words if word.startswith("--")):
-            assert re.search(rf"^    {option}: ", script, flags=re.MULTILINE), option
+def options_of(source: str) -> set[str]:
+    """Options that a script or its folder names, as fields of a dataclass or by argparse."""
+    named = re.findall(r"^    (\w+): ", source, flags=re.MULTILINE) + re.findall(r'"--([\w-]+)"', source)
+    return {name.replace("_", "-") for name in named}
+
+
+def test_commands_of_the_shell_examples_exist():
+    """Scripts, modules and their options; what follows -- of a launcher is a command of its own."""
+    machine = options_of((ROOT / "mtjax" / "train" / "command.py").read_text())
+    commands = [line.split("#")[0].split(" -- ") for line in "".join(blocks("bash")).splitlines()]
+    for words in (shlex.split(command) for line in commands for command in line):
+        assert words[0] == "python"
+        if words[1] == "-m":
+            known = options_of((ROOT / (words[2].replace(".", "/") + ".py")).read_text())
+        else:
+            folder = (ROOT / words[1]).parent
+            assert (ROOT / words[1]).exists() and words[1].startswith("experiments/")
+            known = machine | options_of("\n".join(path.read_text() for path in folder.glob("*.py")))
+            known |= options_of((ROOT / "mtjax" / "train" / "study.py").read_text())
+        assert {word.removeprefix("--") for word in words if word.startswith("--")} <= known, words
 
 
 def test_files_of_the_table_exist():
@@ -70,7 +89,7 @@ def test_the_example_runs_and_learns():
     x = jax.random.normal(jax.random.key(0), (64, 3))
     batch = {"x": x, "a": x @ jnp.array([1.0, 2.0, 0.0]), "b": x @ jnp.array([1.0, 0.0, 0.0])}
     names = {"loss_fn": loss_fn}
-    exec(compile(blocks("python")[0], "README.md", "exec"), names)
+    exec(compile(block_with("def train_step"), "README.md", "exec"), names)
     params = {"w": jnp.array([0.0, 1.0, 1.0])}
     state = names["tx"].init(params)
     first = None
@@ -84,9 +103,9 @@ def test_the_example_runs_and_learns():
 def test_the_method_of_the_text_is_one():
     """The second python block, by both routes and with a task that is left out."""
     names = {}
-    exec(compile(blocks("python")[1], "README.md", "exec"), names)
+    exec(compile(block_with("def inverse_norm"), "README.md", "exec"), names)
     method = mtjax.optim.nonfinite(names["inverse_norm"](), "drop_task")
-    assert len(blocks("python")[1].splitlines()) <= 60
+    assert len(block_with("def inverse_norm").splitlines()) <= 60
     loss_fn = lambda p: {"a": 3.0 * p[0], "b": 4.0 * p[1], "c": p[0] * jnp.inf}  # noqa: E731
     params = jnp.ones(2)
     _, weighted, state = mtjax.value_and_update(loss_fn, method)(params, method.init(params))
@@ -105,7 +124,7 @@ def test_functions_of_the_text_exist(name):
 
 def test_a_geometry_of_your_own_becomes_data():
     names = {}
-    exec(compile(blocks("python")[2], "README.md", "exec"), names)
+    exec(compile(block_with("DarcyConfig"), "README.md", "exec"), names)
     train = names["data"]["train"]
     assert train["values"].shape == (200, 1024) and (train["values"][train["mask"]] > 0).all()
     # An ellipse with half axes 0.4 and 0.2; 32 nodes are 31 spacings.
@@ -120,9 +139,23 @@ def test_a_task_is_cut_out_and_another_one_added():
     batch = {"image": np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)}
     names = {"model": model, "images": batch, "key": jax.random.key(1)}
     names["params"] = jax.jit(model.init)(jax.random.key(0), batch)["params"]
-    exec(compile(blocks("python")[3], "README.md", "exec"), names)
+    exec(compile(block_with("surgery"), "README.md", "exec"), names)
     whole = model.apply({"params": names["params"]}, batch, task="depth")["depth"]
     cut = names["small"].apply({"params": names["small_params"]}, batch)["depth"]
     np.testing.assert_allclose(cut, whole, atol=1e-5)
     assert list(names["larger"].heads) == ["depth", "edge", "normals"]
     assert names["larger"].config.layers[0].num_experts == config.layers[0].num_experts + 4
+
+
+def test_training_on_a_mesh_is_two_lines(capsys):
+    """The block of the section on meshes, on 8 simulated devices."""
+    rng = np.random.default_rng(0)
+    numeric = rng.normal(size=(64, 4)).astype(np.float32)
+    rows = {"categorical": np.ones((64, 1), np.int32), "numeric": numeric, "labels": {"price": numeric.sum(1)}}
+    tasks = (mtjax.Task("price", "regression").fit(rows["labels"]["price"]),)
+    model = shared_bottom({"price": 1}, cardinalities=(2,), num_numeric=4, features=(64,))
+    names = {"model": model, "tasks": tasks, "rows": rows, "validation": rows}
+    block = block_with("sharding.make_mesh").replace("validation)", "validation, config=config, progress=False)")
+    names["config"] = TrainConfig(batch_size=16, max_epochs=1)
+    exec(compile(block, "README.md", "exec"), names)
+    assert re.search(r"kernel .* fsdp ", capsys.readouterr().out)

@@ -63,7 +63,7 @@ FILES = {"higgs": sources.higgs.load, "acs_income": sources.acs_income.load, "al
 
 
 @dataclasses.dataclass
-class Train(command.Machine):
+class Train:
     """Train multitask models on a table, compare them with single-task models, and keep them for prediction.
 
     `python experiments/tabular/multitab.py predict --help` explains how to use a trained model on new rows, and
@@ -98,6 +98,7 @@ class Train(command.Machine):
     """Override configuration fields, e.g. --set width=16 train.batch_size=1024."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
+    machine: command.Machine = dataclasses.field(default_factory=command.Machine)
 
 
 def load(args: Train, config: Config) -> Any:
@@ -166,7 +167,7 @@ def compare_models(
     def train_model(name: str) -> compare.Outcome:
         return run_model(name, data, config, args, run / "models" / slug(name), name + note)
 
-    if args.dry_run:
+    if args.machine.dry_run:
         dryrun.each(names, train_model)
     command.write_same(run / "encoder.json", data.encoder.to_json(), resume=args.resume)
     tasks = json.dumps([task.to_json() for task in data.tasks])
@@ -308,7 +309,7 @@ def settle(args: Train) -> tuple[Train, pathlib.Path]:
         args = dataclasses.replace(args, data=str(pathlib.Path(args.data).resolve()))
     if args.resume:
         run = args.run or command.newest_run(base)
-        return command.resumed_arguments(args, run, apart=("run", "resume", "tensorboard", *command.MACHINE)), run
+        return command.resumed_arguments(args, run, apart=("run", "resume", "tensorboard", "machine")), run
     run = args.run or base / command.now()
     command.refuse_run(run)
     return dataclasses.replace(args, data=args.data or ("higgs" if args.preset == "paper" else "flights")), run
@@ -331,7 +332,7 @@ def train(args: Train) -> int:
     settings = {"preset": args.preset, "data": args.data, "method": args.method, "models": list(names)}
     settings["config"] = dataclasses.asdict(config)
     data = None if args.data == "bench" else load(args, config)
-    if not args.dry_run:
+    if not args.machine.dry_run:
         command.write_run(run, args, **settings)
 
     if args.data == "bench":
@@ -365,12 +366,9 @@ def train(args: Train) -> int:
     sweep = {compare.MEAN_CELL[0]: compare.MEAN_CELL[1]} if args.data == "bench" else None
     shown = sweep or {row["task"]: row["metric"] for row in reversed(rows)}
     tables.print_report(result, metrics=shown)
-    if not distributed.is_main():
-        return 0
-    paths = [result.write(run / "report.json")]
-    if is_default(args) and args.preset != "smoke" and args.data in EMBEDDED:
-        paths.append(result.write(ROOT / "results" / f"{system}.json"))
-    print(f"Report: {', '.join(map(str, paths))}\nFigures: {run / 'figures'}")
+    kept = is_default(args) and args.preset != "smoke" and args.data in EMBEDDED
+    pictures = sorted((run / "figures").glob("*.png"))
+    command.publish(result, run, pictures, ROOT / "results" if kept else None)
     return 0
 
 
@@ -394,9 +392,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] == [name]:
             arguments = tyro.cli(options, args=argv[1:], prog=f"multitab.py {name}")
             return command.run_command(lambda: body(arguments))  # noqa: B023
-    arguments = tyro.cli(Train, args=argv, prog="multitab.py")
-
-    return command.run_on_machine(arguments, argv, lambda: train(arguments))
+    arguments = tyro.cli(tyro.conf.OmitArgPrefixes[Train], args=argv, prog="multitab.py")
+    return command.run_on_machine(arguments.machine, argv, lambda: train(arguments))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ from mtjax.nn.vit import (
     ViTConfig,
     add_branch,
     attention_half,
+    recomputed,
     scan_layers,
 )
 
@@ -273,8 +274,7 @@ class M3ViTTrunk(nn.Module):
         def routed(block: nn.Module, x: jax.Array, rates: jax.Array | None) -> Any:
             return block(x, rates, tasks=tuple(tasks), train=train)
 
-        if vit.remat:
-            dense, routed = nn.remat(dense), nn.remat(routed)
+        dense, routed = recomputed(dense, vit.remat), recomputed(routed, vit.remat)
         x = PatchEmbed(vit.patch, vit.width, vit.cls_token, name="patch_embed")(images)[None]
         index = 0
         while index < vit.depth:

@@ -43,7 +43,17 @@ from mtjax.nn.moe import Dispatch
 from mtjax.nn.moe_attention import MoEAttention
 from mtjax.nn.moe_layer import MoEMlp
 from mtjax.nn.routers import RouterConfig
-from mtjax.nn.vit import EPSILON, PatchEmbed, ViTConfig, add_branch, attention_half, patch_grid, to_map, xavier
+from mtjax.nn.vit import (
+    EPSILON,
+    PatchEmbed,
+    ViTConfig,
+    add_branch,
+    attention_half,
+    patch_grid,
+    recomputed,
+    to_map,
+    xavier,
+)
 
 PyTree = Any
 Decoder = Callable[..., nn.Module] | Mapping[str, Callable[..., nn.Module]]
@@ -278,7 +288,7 @@ class ModSquadTrunk(nn.Module):
         def run(block: nn.Module, x: jax.Array) -> tuple[jax.Array, dict]:
             return block(x + vectors, tasks=tasks, train=train)
 
-        run = nn.remat(run) if vit.remat else run
+        run = recomputed(run, vit.remat)
         stats: dict[str, RouterStats] = {}
         for index in range(vit.depth):
             x, new = run(ModSquadBlock(config, index, self.num_tasks, name=f"block_{index}"), x)

@@ -14,7 +14,7 @@ r"""Weights of pretrained vision transformers, from a local safetensors file of 
 | norm                         | norm                | layernorm                                               |
 
 Matrices are transposed to [in, out]; the convolution over patches f[D, C, P, P] becomes the matrix f[P P C, D]; query,
-key and value are packed side by side; positions are interpolated to another grid, the class token's stays. Classifiers
+key and value are packed as [D, 3, D]; positions are interpolated to another grid, the class token's stays. Classifiers
 and poolers are dropped, and the class token too if the model has none. Everything else must match: an error lists what
 is missing, unexpected or of another shape.
 
@@ -207,7 +207,8 @@ def _converted(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
         return array.reshape(-1, array.shape[-1])
     if path == ("patch_embed", "kernel") and array.ndim == 4:
         return array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
-    return array.T if path[-1] == "kernel" else array
+    array = array.T if path[-1] == "kernel" else array
+    return array.reshape(*array.shape[:-1], 3, -1) if path[-2] == "qkv" else array
 
 
 def _fitted_positions(

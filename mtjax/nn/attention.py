@@ -16,6 +16,7 @@ array([[1, 0, 1],
        [1, 1, 1]])
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mtjax.nn.local_rows import pin_rows, rows_mesh
+from mtjax.sharding import BATCH_AXES, current_mesh
 
 Initializer = nn.initializers.Initializer
 MASKS = ("none", "FxT", "TxT", "FxT_TxT")
@@ -97,13 +101,25 @@ def attend(
       f32[..., q, h, d].
     """
     query = query * query.shape[-1] ** -0.5
-    if query.ndim == 3 and query.shape[0] >= 2 * QUERY_BLOCK and jax.default_backend() == "cpu":
+    # In an export the number of queries may be a symbol.
+    long = query.ndim == 3 and isinstance(query.shape[0], int) and query.shape[0] >= 2 * QUERY_BLOCK
+    if long and jax.default_backend() == "cpu" and current_mesh() is None:  # whole sequences are on one device
         return _attend_in_blocks(query, key, value, mask, dropout, rng)
     scores = jnp.einsum("...qhd,...khd->...hqk", query, key)
     if mask is not None:
         scores = jnp.where(mask.reshape((1,) * (scores.ndim - 2) + mask.shape), scores, jnp.finfo(scores.dtype).min)
     probabilities = _dropout(jax.nn.softmax(scores, axis=-1), dropout, rng)
     return jnp.einsum("...hqk,...khd->...qhd", probabilities, value)
+
+
+def flat_rows(x: jax.Array) -> jax.Array:
+    """f[..., D] as f[M, D]: XLA:CPU runs the gradient of a matrix product 3-5x faster than of a batched one.
+
+    On a mesh the rows are pinned to their devices, and f[T, B, N, D] becomes f[T, B N, D]: T and a split B together are
+    not split by rows.
+    """
+    keep = x.shape[:-3] if current_mesh() is not None and x.ndim > 3 and x.shape[0] > 1 else ()
+    return pin_rows(x.reshape(*keep, -1, x.shape[-1]), axis=len(keep))
 
 
 def _dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
@@ -154,7 +170,8 @@ class MultiHeadAttention(nn.Module):
     Attributes:
       num_heads: h; must divide the width.
       dropout: rate on attention probabilities.
-      qkv_init: initializer of the packed [D, 3D] kernel (Xavier-uniform on the packed shape in the published code).
+      qkv_init: initializer of the kernel f[D, 3, D] of queries, keys and values, called with its packed shape [D, 3D]
+        (Xavier-uniform on that shape in the published code).
       kernel_init: initializer of the output map.
     """
 
@@ -179,17 +196,20 @@ class MultiHeadAttention(nn.Module):
           f32[..., q, D].
         """
         width = x.shape[-1]
-        flat = x.reshape(-1, width)  # XLA:CPU runs the gradient of a matrix product 3-5x faster than of a batched one
         if width % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} must divide the width {width}")
-        qkv = nn.Dense(3 * width, kernel_init=self.qkv_init, name="qkv")(flat)
-        query, key, value = (part.reshape(*x.shape[:-1], self.num_heads, -1) for part in jnp.split(qkv, 3, axis=-1))
+        # A dimension of their own for q, k and v: a split of the last one over devices then splits heads.
+        rows = flat_rows(x)
+        qkv = nn.DenseGeneral((3, width), kernel_init=self.qkv_init, name="qkv")(rows)
+        qkv = pin_rows(qkv, axis=rows.ndim - 2)
+        query, key, value = (qkv[..., i, :].reshape(*x.shape[:-1], self.num_heads, -1) for i in range(3))
         query = query[..., :num_queries, :, :]
         rng = self.make_rng("dropout") if self.dropout and train else None
         mask = None if mask is None else jnp.asarray(mask)
         mixed = attend(query, key, value, mask, dropout=self.dropout, rng=rng)
-        out = nn.Dense(width, kernel_init=self.kernel_init, name="out")(mixed.reshape(-1, width))
-        return out.reshape(*mixed.shape[:-2], width)
+        mixed = mixed.reshape(*mixed.shape[:-2], width)
+        out = nn.Dense(width, kernel_init=self.kernel_init, name="out")(flat_rows(mixed))
+        return pin_rows(out, axis=out.ndim - 2).reshape(mixed.shape)
 
 
 class FeedForward(nn.Module):
@@ -211,15 +231,18 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """x f32[..., D] -> f32[..., D]."""
-        flat = x.reshape(-1, x.shape[-1])
+        flat = flat_rows(x)
+        rows = flat.ndim - 2
         h = nn.Dense(self.hidden * (1 if self.gate is None else 2), kernel_init=self.kernel_init, name="in")(flat)
+        h = pin_rows(h, axis=rows)
         if self.gate is None:
             h = nn.gelu(h, approximate=False)
         else:
             a, b = jnp.split(h, 2, axis=-1)
             h = a * self.gate(b)
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        return nn.Dense(x.shape[-1], kernel_init=self.kernel_init, name="out")(h).reshape(x.shape)
+        out = nn.Dense(x.shape[-1], kernel_init=self.kernel_init, name="out")(h)
+        return pin_rows(out, axis=rows).reshape(x.shape)
 
 
 class TransformerLayer(nn.Module):
@@ -263,7 +286,7 @@ def in_row_chunks(layer: nn.Module, x: jax.Array, mask: Any, rows: int | None, *
       layer: `(x f32[b, n, D], mask, train=) -> f32[b, q, D]`.
       x: f32[B, n, D].
       mask: passed on.
-      rows: rows per chunk; None runs all at once.
+      rows: rows per chunk, on a mesh of every device; None runs all at once.
       train: passed on; dropout draws anew for each chunk.
 
     Returns:
@@ -272,15 +295,24 @@ def in_row_chunks(layer: nn.Module, x: jax.Array, mask: Any, rows: int | None, *
     batch = x.shape[0]
     if rows is None or rows >= batch:
         return layer(x, mask, train=train)
-    num_chunks = -(-batch // rows)
-    padded = jnp.pad(x, ((0, num_chunks * rows - batch), (0, 0), (0, 0)))
+    shards = 1
+    if current_mesh() is not None:  # chunks of what every device has
+        mesh = rows_mesh(batch)
+        shards = batch if mesh is None else math.prod(mesh.shape[name] for name in BATCH_AXES)
+    own = batch // shards
+    if rows >= own:
+        return layer(x, mask, train=train)
+    num_chunks = -(-own // rows)
+    padded = jnp.pad(x.reshape(shards, own, *x.shape[1:]), ((0, 0), (0, num_chunks * rows - own), (0, 0), (0, 0)))
+    padded = padded.reshape(shards, num_chunks, rows, *x.shape[1:]).swapaxes(0, 1)
     run = nn.scan(
         nn.remat(lambda layer, carry, chunk: (carry, layer(chunk, mask, train=train)), prevent_cse=False),
         variable_broadcast="params",
         split_rngs={"params": False, "dropout": True},
     )
-    chunks = run(layer, (), padded.reshape(num_chunks, rows, *x.shape[1:]))[1]
-    return chunks.reshape(-1, *chunks.shape[2:])[:batch]
+    chunks = run(layer, (), padded.reshape(num_chunks, shards * rows, *x.shape[1:]))[1]
+    chunks = chunks.reshape(num_chunks, shards, rows, *chunks.shape[2:]).swapaxes(0, 1)
+    return chunks.reshape(shards, num_chunks * rows, *chunks.shape[3:])[:, :own].reshape(batch, *chunks.shape[3:])
 
 
 def default_chunk(num_tokens: int) -> int | None:

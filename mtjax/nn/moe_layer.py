@@ -6,6 +6,11 @@ Tokens of all task streams are routed and dispatched together: capacity is then 
 uses two experts only does not overflow them alone. While all streams are still equal (one stream comes in) and the gate
 knows nothing of the task, one stream goes out.
 
+On a mesh (`mtjax.sharding`) every device dispatches the tokens of its own images; with an axis 'expert' they travel to
+the experts' devices (`mtjax.nn.moe_parallel`, which says what a dispatch without a capacity costs then). A capacity is
+per device; where nothing is dropped, numbers are those of one device. Statistics are of all tokens of the batch. A
+batch that the devices do not divide is left to the compiler, with the same numbers.
+
 Letters: T task streams, B images, N tokens of an image, D width, H hidden width, E experts, K experts per token.
 
 Reference: Liang et al., "M3ViT: Mixture-of-Experts Vision Transformer for Efficient Multi-task Learning with
@@ -20,7 +25,9 @@ import jax.numpy as jnp
 
 from mtjax.nn.balance import RouterStats, router_stats
 from mtjax.nn.moe import Dispatch, gelu, moe_apply
+from mtjax.nn.moe_parallel import dispatch_mesh, moe_apply_parallel
 from mtjax.nn.routers import Router, RouterConfig
+from mtjax.sharding import BATCH_AXES
 
 Initializer = nn.initializers.Initializer
 
@@ -76,14 +83,31 @@ class MoEMlp(nn.Module):
         gate_tokens = tokens if gate_x is None else gate_x.reshape(tokens.shape)
         routing = Router(self.router, self.num_tasks, name="router")(gate_tokens, tasks=tasks, train=train)
         streams, num_tokens, top_k = routing.ids.shape
-        pool = self.router.pool_size(tasks)  # experts that only other tasks can address cost nothing
-        out = moe_apply(
-            jnp.broadcast_to(tokens, (streams, num_tokens, width)).reshape(-1, width),
-            routing.values.reshape(-1, top_k),
-            routing.ids.reshape(-1, top_k),
-            {name: value[:pool].astype(x.dtype) for name, value in params.items()},
-            dispatch=self.dispatch,
-            activation=self.activation,
-        )
-        stats = router_stats(routing, out.kept.reshape(routing.ids.shape))
+        values, ids = routing.values, routing.ids
+        mesh = dispatch_mesh(x.shape[1], num_experts)
+        if mesh is not None:  # slicing what is split over devices would move it
+            images = (streams, *x.shape[1:])
+            out = moe_apply_parallel(
+                jnp.broadcast_to(x, images),
+                values.reshape(*images[:-1], top_k),
+                ids.reshape(*images[:-1], top_k),
+                {name: value.astype(x.dtype) for name, value in params.items()},
+                mesh=mesh,
+                token_axes=BATCH_AXES,
+                fsdp_axis="fsdp",
+                tensor_axis="tensor",
+                dispatch=self.dispatch,
+                activation=self.activation,
+            )
+        else:
+            pool = self.router.pool_size(tasks)  # experts that only other tasks can address cost nothing
+            out = moe_apply(
+                jnp.broadcast_to(tokens, (streams, num_tokens, width)).reshape(-1, width),
+                values.reshape(-1, top_k),
+                ids.reshape(-1, top_k),
+                {name: value[:pool].astype(x.dtype) for name, value in params.items()},
+                dispatch=self.dispatch,
+                activation=self.activation,
+            )
+        stats = router_stats(routing, out.kept.reshape(ids.shape))
         return out.y.reshape(streams, *x.shape[1:]), stats

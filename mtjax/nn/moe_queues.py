@@ -288,7 +288,7 @@ def _loop_linear(rows: jax.Array, kernel: jax.Array, queues: Queues) -> jax.Arra
         product = jax.lax.dynamic_slice_in_dim(rows, j * block, block) @ kernel[jnp.sum(end <= j)]
         return jax.lax.dynamic_update_slice_in_dim(out, product, j * block, 0)
 
-    return jax.lax.fori_loop(0, end[-1], body, jnp.zeros((rows.shape[0], kernel.shape[-1]), rows.dtype))
+    return jax.lax.fori_loop(0, end[-1], body, jnp.zeros_like(rows, shape=(rows.shape[0], kernel.shape[-1])))
 
 
 @jax.custom_batching.sequential_vmap
@@ -300,7 +300,7 @@ def _loop_outer(rows: jax.Array, out: jax.Array, queues: Queues) -> jax.Array:
         left, right = (jax.lax.dynamic_slice_in_dim(a, j * block, block) for a in (rows, out))
         return kernel.at[e].add(left.T @ right)
 
-    zeros = jnp.zeros((queues.num_experts, rows.shape[1], out.shape[1]), rows.dtype)
+    zeros = jnp.zeros_like(rows, shape=(queues.num_experts, rows.shape[1], out.shape[1]))
     return jax.lax.fori_loop(0, end[-1], body, zeros)
 
 

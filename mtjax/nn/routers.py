@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtjax.nn.local_rows import on_own_rows
 from mtjax.nn.stacked import uniform_fan_in
 
 KINDS = ("multi_gate", "task_conditioned", "single", "hard_skill")
@@ -178,7 +179,7 @@ def choose(
     """
     within = logits.shape[-1] - ghosts
     probs = jax.nn.softmax(noisy_logits, axis=-1)[..., :within]
-    values, ids = jax.lax.top_k(probs, top_k)
+    values, ids = on_own_rows(lambda rows: tuple(jax.lax.top_k(rows, top_k)), probs, axis=1)
     if renormalise:
         values = values / jnp.sum(values, axis=-1, keepdims=True)
 

@@ -23,7 +23,7 @@ Letters: B images, H x W pixels, C channels, P patch side, h x w grid of patches
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -36,6 +36,7 @@ from mtjax.nn.attention import FeedForward, MultiHeadAttention
 PyTree = Any
 EPSILON = 1e-6  # of the layer norms
 xavier = nn.initializers.xavier_uniform()
+REMAT = ("none", "dots", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +54,11 @@ class ViTConfig:
       drop_path: rate at which an image skips a residual branch in training, growing linearly from 0 in the first block
         to this in the last.
       scan: run the blocks as one loop over stacked parameters.
-      remat: recompute a block's activations on the way back instead of keeping them.
+      remat: what of a block is recomputed on the way back instead of kept in memory: 'none'; 'dots', all but what its
+        dense maps return; 'full', everything. True and False are 'full' and 'none'.
 
     Raises:
-      ValueError: if a size is not positive, or the heads do not divide the width.
+      ValueError: if a size is not positive, the heads do not divide the width, or `remat` is unknown.
     """
 
     patch: int = 4
@@ -68,7 +70,7 @@ class ViTConfig:
     dropout: float = 0.0
     drop_path: float = 0.0
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     def __post_init__(self):
         for name in ("patch", "width", "depth", "num_heads", "mlp_ratio"):
@@ -76,6 +78,8 @@ class ViTConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.width % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} must divide width={self.width}")
+        if not isinstance(self.remat, bool) and self.remat not in REMAT:
+            raise ValueError(f"remat must be a bool or one of {', '.join(REMAT)}, got {self.remat!r}")
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -114,7 +118,7 @@ def to_map(tokens: jax.Array, grid: tuple[int, int]) -> jax.Array:
 def drop_path(x: jax.Array, rate: jax.Array | float, rng: jax.Array) -> jax.Array:
     """Stochastic depth: zeroes the branch x f[..., N, D] of an image with probability `rate`, else scales it up."""
     keep = jax.random.bernoulli(rng, 1.0 - rate, (*x.shape[:-2], 1, 1))
-    return jnp.where(keep, x / (1.0 - rate), 0.0)
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(jnp.result_type(x))  # not that of a traced rate
 
 
 class PatchEmbed(nn.Module):
@@ -215,6 +219,16 @@ class Block(nn.Module):
         return add_branch(self, u, branch, rate, train)
 
 
+def recomputed(run: Callable, remat: bool | str, *, prevent_cse: bool = True) -> Callable:
+    """`run(block, ...)` under the policy `ViTConfig.remat`; `prevent_cse` can be False inside of a scan."""
+    name = {True: "full", False: "none"}.get(remat, remat)
+    if name == "none":
+        return run
+    # Scores and mixed values of attention are products with batch dimensions: large, and cheap to have again.
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if name == "dots" else None
+    return nn.remat(run, prevent_cse=prevent_cse, policy=policy)
+
+
 class ViT(nn.Module):
     """The trunk; see the module.
 
@@ -243,7 +257,7 @@ class ViT(nn.Module):
             y = block(x, rate, train=train)
             return y, y
 
-        run = nn.remat(run, prevent_cse=not config.scan) if config.remat else run
+        run = recomputed(run, config.remat, prevent_cse=not config.scan)
         if config.scan:
             rates = jnp.asarray(config.drop_path_rates) if config.drop_path else None
             x, every = scan_layers(run, config.depth)(Block(**sizes, name="blocks"), x, rates)

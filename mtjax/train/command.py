@@ -49,9 +49,6 @@ class Machine:
     print memory, operations and communication of a device."""
 
 
-MACHINE = tuple(field.name for field in dataclasses.fields(Machine))
-
-
 def run_on_machine(args: Machine, argv: Sequence[str], body: Callable[[], int]) -> int:
     """Runs the body of a script where its options say: joins the other processes, makes the mesh ambient.
 
@@ -164,7 +161,7 @@ def refuse_run(run: pathlib.Path) -> None:
 
 
 def settle_run(
-    args: Args, base: pathlib.Path, *, apart: Sequence[str] = ("run", "resume", *MACHINE)
+    args: Args, base: pathlib.Path, *, apart: Sequence[str] = ("run", "resume", "machine")
 ) -> tuple[Args, pathlib.Path]:
     """The arguments, those of the run that is resumed, and its directory: that of --run, or the newest or a new one.
 

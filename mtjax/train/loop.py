@@ -64,6 +64,9 @@ class TrainConfig:
       conflict_rows: rows on which gradient conflict of the first lane is measured at each evaluation; 0: not at all.
       accumulate: micro-batches per step, one after the other: exact for every method, with the activations of one
         micro-batch in memory (`mtjax.train.accumulate`).
+      max_to_keep: checkpoints to keep; at least 2, so that a damaged newest one leaves another.
+      keep_best: also keep the checkpoint with the best mean validation score, whatever its age. (The state holds the
+        best parameters anyway; this keeps all that belongs to them.)
       compute_dtype: 'float32', or 'bfloat16' for products; parameters, optimiser, per-task gradients and Gramians stay
         float32 (`mtjax.train.precision`).
     """
@@ -82,6 +85,8 @@ class TrainConfig:
     conflict_rows: int = 0
     accumulate: int = 1
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    max_to_keep: int = 2
+    keep_best: bool = False
 
     def __post_init__(self):
         counts = ("batch_size", "max_epochs", "patience", "steps_per_dispatch")
@@ -96,6 +101,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be > 0, or None for no clipping, got {self.clip_norm}")
+        if self.max_to_keep < 2:
+            raise ValueError(f"max_to_keep must be >= 2, got {self.max_to_keep}")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype must be 'float32' or 'bfloat16', got {self.compute_dtype!r}")
 
@@ -304,7 +311,7 @@ def fit_problem(
     loss_fn = config.loss(problem)
     train_step = make_train_step(loss_fn, method, optimizer, **how)
     evaluate = problem.evaluator(False)
-    probe = make_conflict_probe(loss_fn, **how) if config.conflict_rows else None
+    probe = make_conflict_probe(problem.loss_fn, **how) if config.conflict_rows else None
 
     names, groups = problem.loss_names, len(tasks) if per_task else 1
     state = create_lanes(
@@ -331,7 +338,10 @@ def fit_problem(
         **feed.describe(),
         **dict(record or {}),
     }
-    checkpoints = None if directory is None else Checkpoints(directory / "checkpoints")
+    checkpoints = None
+    if directory is not None:
+        how_many = {"max_to_keep": config.max_to_keep, "keep_best": config.keep_best}
+        checkpoints = Checkpoints(directory / "checkpoints", **how_many)
     if checkpoints is not None and resume:
         restored = checkpoints.restore(state, check=lambda saved: check_same_run(described, saved["run"]))
         if restored is not None:
@@ -341,7 +351,8 @@ def fit_problem(
         raise ValueError(f"{directory} already holds a run; resume it, or choose another directory")
 
     def save():
-        checkpoints.save(step, state, {"run": described, "log": log.to_json(), "data": position})
+        score = scored.get(step)  # of the evaluation at this step, if there was one
+        checkpoints.save(step, state, {"run": described, "log": log.to_json(), "data": position}, score=score)
 
     def next_chunk(step: int) -> tuple[Chunk, int, int]:
         """Input of the dispatch from `step` on, its number of steps, and the step of the next evaluation."""
@@ -358,6 +369,7 @@ def fit_problem(
         if not log.history:
             _warn_undefined(tasks, undefined, per_task)
         scores = selection_scores(main_scores(tasks, results), undefined, per_task=per_task, step=step)
+        scored[step] = float(scores.mean())
         better = update_best_lanes(state, np.asarray(scores, np.float32), config.patience)
         measured = {task: {name: v.tolist() for name, v in metrics.items()} for task, metrics in results.items()}
         entry = {"step": step, "epoch": step / steps_per_epoch, "metrics": measured}
@@ -368,7 +380,7 @@ def fit_problem(
         return better, "  ".join(f"{t.name} {np.mean(results[t.name][t.main_metric.name]):.3f}" for t in tasks)
 
     step = int(sharding.to_host(state.step)[0])
-    position, clock = {}, InputClock()
+    position, clock, scored = {}, InputClock(), {}
     saved_step = step or None
     with contextlib.ExitStack() as stack:
         if checkpoints is not None:

@@ -7,6 +7,7 @@ experiments.
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 @dataclasses.dataclass
-class Arguments(command.Machine):
+class Arguments:
     """See the head of the script."""
 
     preset: Literal["smoke", "demo", "study", "paper"] = "demo"
@@ -45,6 +46,7 @@ class Arguments(command.Machine):
     one."""
     set: Annotated[tuple[str, ...], "FIELD=VALUE"] = ()
     """Override configuration fields, e.g. --set recipe.steps=500 seeds=5."""
+    machine: command.Machine = dataclasses.field(default_factory=command.Machine)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ def run(
     args, directory = command.settle_run(args, pathlib.Path("runs") / system)
     config = override(presets[args.preset], args.set)
     config = dataclasses.replace(config, seeds=config.seeds if args.seeds is None else args.seeds)
-    if args.dry_run:
+    if args.machine.dry_run:
         body(config, directory, False)
         raise ValueError("--dry-run: nothing was trained, so there is nothing to describe")
     where = report.provenance(outputs=[directory, results])
@@ -134,9 +136,10 @@ def main(
 
     argv = list(sys.argv[1:] if argv is None else argv)
     name = f"{system.split('_', 1)[1]}.py"
-    arguments = tyro.cli(Arguments, args=argv, prog=name, description=description)
+    card = re.sub(r"\n(?=\w+: )", "\n\n", description)  # every entry of the head is a paragraph
+    arguments = tyro.cli(tyro.conf.OmitArgPrefixes[Arguments], args=argv, prog=name, description=card)
 
     def body_on_machine() -> int:
         return run(arguments, system, presets, body, results, row_defaults)
 
-    return command.run_on_machine(arguments, argv, body_on_machine)
+    return command.run_on_machine(arguments.machine, argv, body_on_machine)

@@ -247,6 +247,7 @@ def smoke(script, run_smoke) -> pathlib.Path:
     return run_smoke(script)
 
 
+@pytest.mark.slow  # the smoke runs of toy.py and flat_regions.py have its parts
 def test_smoke_report(smoke, competitors):
     content = json.loads((smoke / "report.json").read_text())
     assert list(content) == [*KEYS, "holds", "details"]
@@ -267,11 +268,13 @@ def test_smoke_report(smoke, competitors):
     assert content["details"]["ranks"]["n"] == 12
 
 
+@pytest.mark.slow
 def test_smoke_figures(smoke):
     sizes = {path.name: path.stat().st_size for path in (smoke / "figures").iterdir()}
     assert set(sizes) == {"ranks.png", "delta_bench.png"} and min(sizes.values()) > 5000
 
 
+@pytest.mark.slow
 def test_resuming_runs_only_what_is_missing(smoke, call):
     """A lost outcome is measured again, to the same bits; the others are read."""
     paths = {path.stem: path for path in (smoke / "bench").iterdir()}

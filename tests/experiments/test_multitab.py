@@ -164,7 +164,6 @@ def test_the_default_model_is_the_best_by_validation(houses, call):
     assert status == 0 and f"400 rows predicted by {max(scores, key=scores.get)} ->" in stdout
 
 
-@pytest.mark.slow  # test_resume.py and test_command.py have its parts
 @pytest.mark.slow  # tests/train/test_resume.py does the same to the loop
 def test_interrupt_then_resume_without_repeating_any_option(houses, call, request, monkeypatch):
     """SIGTERM in the middle of the first model: status 130, and the command to go on with, which needs no options."""
@@ -225,7 +224,6 @@ def test_interrupt_then_resume_without_repeating_any_option(houses, call, reques
 # The benchmark sweep.
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_bench_sweep(call, tmp_path):
     run = tmp_path / "bench"
@@ -409,14 +407,17 @@ def shapes(tree):
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
 
 
-def test_every_model_takes_a_step_at_the_papers_sizes(script):
-    for name in script.MODELS:
+@pytest.mark.parametrize("names", [("PLE", "MultiTab-Net, one token"), pytest.param(None, marks=pytest.mark.slow)])
+def test_every_model_takes_a_step_at_the_papers_sizes(script, names):
+    for name in script.MODELS if names is None else names:
         fresh, new, metrics = abstract_step(script, name, "sum")
         assert shapes(fresh) == shapes(new), f"{name}: a step must not change the structure of its state"
         assert metrics.losses.shape == (8,)
 
 
-@pytest.mark.parametrize("method", ["mean", "uncertainty", "pcgrad", "mgda"])
+@pytest.mark.parametrize(
+    "method", ["uncertainty", "pcgrad", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mean", "mgda"))]
+)
 def test_every_method_takes_a_step_at_the_papers_sizes(script, method):
     assert set(script.METHODS) == {"sum", "mean", "uncertainty", "pcgrad", "mgda"}
     fresh, new, metrics = abstract_step(script, "MultiTab-Net", method)

@@ -90,7 +90,9 @@ def test_interpolation_in_the_radius_by_hand(scripts):
 # The scripts.
 
 
-@pytest.mark.parametrize("name", ["fisher", "darcy", "heat3d"])
+@pytest.mark.parametrize(
+    "name", ["darcy", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fisher", "heat3d"))]
+)
 def test_smoke(scripts, run_smoke, name):
     """Report, figures, and every arm of the smoke preset with a finite error for every task."""
     script = scripts[name]

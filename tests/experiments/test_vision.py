@@ -75,7 +75,9 @@ def test_cutting_keeps_the_most_used_experts(scripts):
 # The scripts.
 
 
-@pytest.mark.parametrize("name", list(FIGURES))
+@pytest.mark.parametrize(
+    "name", ["m3vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("taskexpert", "modular"))]
+)
 def test_smoke(scripts, run_smoke, name):
     """Report, figures, and a finite main metric of every task for every arm."""
     run = run_smoke(scripts[name])

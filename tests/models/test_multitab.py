@@ -69,8 +69,9 @@ def feed_forward(p, x):
 def transformer_layer(p, x, mask, heads=2):
     """x f[n, D] -> f[n, D]."""
     n, width = x.shape
-    qkv = dense(p["attention"]["qkv"], layer_norm(p["norm_1"], x))
-    query, key, value = (qkv[:, i * width : (i + 1) * width].reshape(n, heads, -1) for i in range(3))
+    normed, qkv = layer_norm(p["norm_1"], x), p["attention"]["qkv"]
+    parts = (dense({name: leaf[..., i, :] for name, leaf in qkv.items()}, normed) for i in range(3))
+    query, key, value = (part.reshape(n, heads, -1) for part in parts)
     mixed = np.zeros_like(value)
     for q in range(n):
         for h in range(heads):

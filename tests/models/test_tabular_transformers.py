@@ -70,8 +70,8 @@ def gelu(h):
 def attention(p, x, mask=None):
     """x f[n, D] -> f[n, D], 2 heads."""
     n, width = x.shape
-    qkv = dense(p["qkv"], x)
-    query, key, value = (qkv[:, i * width : (i + 1) * width].reshape(n, 2, -1) for i in range(3))
+    parts = (dense({name: leaf[..., i, :] for name, leaf in p["qkv"].items()}, x) for i in range(3))
+    query, key, value = (part.reshape(n, 2, -1) for part in parts)
     mixed = np.zeros_like(value)
     for q in range(n):
         for h in range(2):

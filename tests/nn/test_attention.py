@@ -184,8 +184,8 @@ def test_multi_head_attention_equals_a_loop(rng):
     out = apply(module, variables, x, mask)
     p = jax.tree.map(np.asarray, variables["params"])
     for b in range(2):
-        qkv = np.asarray(x[b]) @ p["qkv"]["kernel"] + p["qkv"]["bias"]
-        parts = [qkv[:, i * width : (i + 1) * width].reshape(n, heads, -1) for i in range(3)]
+        parts = [np.asarray(x[b]) @ p["qkv"]["kernel"][:, i] + p["qkv"]["bias"][i] for i in range(3)]
+        parts = [part.reshape(n, heads, -1) for part in parts]
         mixed = attention_loop(*parts, mask).reshape(n, width)
         np.testing.assert_allclose(out[b], mixed @ p["out"]["kernel"] + p["out"]["bias"], atol=1e-5)
     np.testing.assert_allclose(apply(module, variables, x, mask[:1], num_queries=1), out[:, :1], atol=1e-6)

@@ -51,8 +51,7 @@ def test_token_mixer_is_attention_over_a_sequence_of_one_row():
     layer, mixer = TransformerLayer(HEADS, FF), TokenMixer(FF)
     flat = X.reshape(ROWS, 1, TOKENS * WIDTH)  # a batch of sequences of length one
     params = random_params(layer, flat)["params"]
-    third = TOKENS * WIDTH
-    value = {name: leaf[..., 2 * third :] for name, leaf in params["attention"]["qkv"].items()}
+    value = {name: leaf[..., 2, :] for name, leaf in params["attention"]["qkv"].items()}
     kept = {name: params[name] for name in ("norm_1", "norm_2", "feed_forward")}
     mixed = apply(mixer, kept | {"value": value, "out": params["attention"]["out"]}, X)
     np.testing.assert_allclose(mixed, apply(layer, params, flat).reshape(X.shape), atol=1e-6)
@@ -112,7 +111,7 @@ def test_values_of_both_flattened_layers_start_alike():
     mixer = init["token_mixer"](key, x)["params"]["row"]
     attention = init["flat_attention"](key, x)["params"]["row"]["attention"]
     bound = np.sqrt(6 / (4 * width))
-    for kernel in (mixer["value"]["kernel"], attention["qkv"]["kernel"][:, 2 * width :]):
+    for kernel in (mixer["value"]["kernel"], attention["qkv"]["kernel"][:, 2]):
         assert kernel.shape == (width, width)
         assert 0.99 * bound < np.abs(kernel).max() <= bound
         assert abs(np.std(kernel) / (bound / np.sqrt(3)) - 1) < 0.02

@@ -68,7 +68,9 @@ def test_block_is_attention_then_mlp_on_normed_residuals():
     def dense(x, p):
         return x @ p["kernel"] + p["bias"]
 
-    heads = dense(norm(x, p["norm_1"]), p["attention"]["qkv"]).reshape(2, 5, 3, 2, 4)
+    qkv = p["attention"]["qkv"]
+    heads = np.einsum("bnd,dif->bnif", norm(x, p["norm_1"]), qkv["kernel"]) + qkv["bias"]
+    heads = heads.reshape(2, 5, 3, 2, 4)
     attended = np.zeros((2, 5, 2, 4))
     for b in range(2):
         for h in range(2):
@@ -91,7 +93,7 @@ def test_trunk_returns_every_block_without_the_class_token():
 
 
 def test_scanned_and_unrolled_trunk_agree():
-    scanned = ViT(dataclasses.replace(CONFIG, scan=True, remat=True))
+    scanned = ViT(dataclasses.replace(CONFIG, scan=True, remat="dots"))
     stacked = stack_layers(params(), NAMES)
     expected_tree = jax.eval_shape(scanned.init, jax.random.key(0), images())["params"]
     assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, expected_tree)
@@ -106,6 +108,19 @@ def test_scanned_and_unrolled_trunk_agree():
     for path, leaf in jax.tree.leaves_with_path(unstack_layers(gradient, NAMES)):
         expected = functools.reduce(lambda tree, key: tree[key.key], path, unrolled[1])
         np.testing.assert_allclose(leaf, expected, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_what_is_kept_for_the_way_back():
+    def kept(remat, scan):
+        model = ViT(dataclasses.replace(CONFIG, remat=remat, scan=scan))
+        shapes = jax.eval_shape(model.init, jax.random.key(0), images())["params"]
+        pullback = jax.eval_shape(lambda p: jax.vjp(lambda p: model.apply({"params": p}, images()), p)[1], shapes)
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+
+    for scan in (False, True):
+        sizes = [kept(remat, scan) for remat in ("none", "dots", "full")]
+        assert sizes[0] > 1.2 * sizes[1] > 1.2**2 * sizes[2], sizes
+    assert [kept(False, scan=True), kept(True, scan=True)] == [sizes[0], sizes[2]]
 
 
 def test_unstacking_reverses_stacking():
@@ -163,6 +178,7 @@ def test_maps_are_in_row_order():
     [
         (lambda: ViTConfig(width=10, num_heads=4), "num_heads=4 must divide width=10"),
         (lambda: ViTConfig(depth=0), "depth must be positive"),
+        (lambda: ViTConfig(remat="some"), "remat must be a bool or one of none, dots, full, got 'some'"),
         (lambda: ViTConfig(drop_path=1.0), r"drop_path must lie in \[0, 1\)"),
         (lambda: patch_grid((10, 8), 4), "patch=4 must divide"),
         (lambda: to_map(jnp.zeros((1, 5, 2)), (2, 3)), "needs 6 tokens, got 5"),

@@ -89,18 +89,19 @@ def test_tasks_that_are_present_get_what_they_would_get_alone(name, seed):
 @EVERY_METHOD
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_gramian_that_is_not_finite_gives_nan(name, bad):
-    weighting, present = METHODS[name].weighting, jnp.ones(3, bool)
+    weighting, present = METHODS[name].weighting, jnp.ones(10, bool)
     for entry in ((0, 1), (2, 2)):
-        gramian = jnp.eye(3).at[entry].set(bad)
-        weights, _ = padded.jitted(weighting.weigh)(gramian, jnp.ones(3), weighting.init(3), present)
+        gramian = jnp.eye(10).at[entry].set(bad)
+        weights, _ = padded.jitted(weighting.weigh)(gramian, jnp.ones(10), weighting.init(10), present)
         assert jnp.isnan(weights).all()
 
 
 @EVERY_METHOD
 def test_no_task_present_is_no_update(name):
     weighting = METHODS[name].weighting
-    weights, _ = padded.jitted(weighting.weigh)(jnp.zeros((3, 3)), jnp.zeros(3), weighting.init(3), jnp.zeros(3, bool))
-    assert weights.tolist() == [0.0, 0.0, 0.0]
+    gramian, absent = jnp.zeros((10, 10)), jnp.zeros(10, bool)
+    weights, _ = padded.jitted(weighting.weigh)(gramian, jnp.zeros(10), weighting.init(10), absent)
+    assert weights.tolist() == [0.0] * 10
 
 
 G = np.array([1.0, -2.0, 2.0])  # of length 3

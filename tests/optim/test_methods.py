@@ -19,9 +19,6 @@ from mtjax import optim
 from . import properties
 from .properties import METHODS, TABLE, K, method_of
 
-EVERY = pytest.mark.parametrize("name", TABLE)
-
-
 # One method of every file of mtjax/optim, or two where a file holds two ideas.
 KINDS = (
     "linear",
@@ -38,20 +35,22 @@ KINDS = (
 )
 KINDS += ("pcd", "krum", "gradnorm", "rgw", "cr_mogm", "epo", "modo", "auto_lambda", "graddrop", "moco", "excess_mtl")
 KINDS += ("momentum_config", "dual_proj")
+# Of those, one of every way to get at weights: none, from losses, by each solver, at random, from what it remembers.
+FEW = ("linear", "famo", "mgda", "pcgrad", "cagrad", "fairgrad", "upgrad", "epo", "gradnorm", "auto_lambda", "moco")
 
 
-def of_methods(names, *, kinds=False):
+def of_methods(names, among=METHODS):
     """Parametrised by names of methods; other settings of a method that is there anyway only with `-m slow`.
 
-    With `kinds`, for what compiles a program per method, one method of every kind; the others with `-m slow`, too.
+    For what compiles programs of its own for every method, only methods `among` these; the others with `-m slow`.
     """
-    slow = [("(" in name) or (kinds and name not in KINDS) for name in names]
+    slow = [("(" in name) or (name not in among) for name in names]
     return pytest.mark.parametrize(
         "name", [pytest.param(name, marks=pytest.mark.slow) if s else name for name, s in zip(names, slow, strict=True)]
     )
 
 
-EVERY_METHOD = of_methods(METHODS)
+EVERY = of_methods(TABLE)
 # The published rate of its inner loop does not converge (see there): rounding grows in twenty steps.
 TOLERANCE = {"sdmgrad": 1e-3}
 # Random numbers are drawn for all K tasks, so three tasks see others than four of which one is left out; weights by
@@ -94,7 +93,7 @@ def written():
     return {line[0].strip("`"): line[1:] for line in cells}
 
 
-@of_methods(TABLE, kinds=True)
+@of_methods(TABLE, KINDS)
 def test_properties_are_those_of_the_table(name):
     measured = ["✓" if holds else "✗" for holds in properties.measured(name).values()]
     assert written()[name] == [properties.needs(name), properties.state_size(name), *measured], (
@@ -174,7 +173,7 @@ def test_non_finite_rows_propagate(name):
     assert np.isnan(directions[0, 0]) or name in ROBUST
 
 
-@of_methods([name for name in TABLE if "linear" not in name and name != "per_group(mgda)"], kinds=True)
+@of_methods([name for name in TABLE if "linear" not in name and name != "per_group(mgda)"], FEW)
 def test_many_tasks(name):
     """K = 64; its own program, whose size does not depend on K: everything is a loop on the device."""
     rows, losses = random_rows(5, num_tasks=64, num_params=40)
@@ -188,7 +187,7 @@ def test_many_tasks(name):
 # Tasks that are left out.
 
 
-@of_methods([name for name in METHODS if name not in DRAWN], kinds=True)
+@of_methods([name for name in METHODS if name not in DRAWN], FEW)
 def test_a_dropped_task_might_as_well_not_be_there(name):
     rows, losses = random_rows(6)
     kept = jnp.array([0, 2, 3])
@@ -210,11 +209,11 @@ def test_a_dropped_task_might_as_well_not_be_there(name):
     assert jax.tree.structure(expected_states) == jax.tree.structure(state)
 
 
-@of_methods(DRAWN)
+@of_methods(DRAWN, ("rlw", "pcgrad", "pmtl"))
 def test_a_dropped_task_has_no_weight_where_random_numbers_are_drawn(name):
     rows, losses = random_rows(6)
     method = optim.nonfinite(method_of(name), "drop_task")
-    direction, state = method.update(rows.at[1].set(jnp.nan), method.init(None), losses=losses)
+    direction, state = jax.jit(method.update)(rows.at[1].set(jnp.nan), method.init(None), losses=losses)
     assert jnp.isfinite(direction).all() and state.weights[1] == 0 and (state.weights != 0).any()
 
 
@@ -247,7 +246,7 @@ def single_update(name):
     return put, update, traces
 
 
-@of_methods(METHODS, kinds=True)
+@of_methods(METHODS, KINDS)
 def test_on_a_mesh_and_not_under_vmap_it_is_the_same(name):
     put, update, traces = single_update(name)
     s = properties.samples()
@@ -263,7 +262,7 @@ def test_on_a_mesh_and_not_under_vmap_it_is_the_same(name):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
 
 
-@of_methods([name for name in METHODS if properties.state_size(name) != "none"])
+@of_methods([name for name in METHODS if properties.state_size(name) != "none"], FEW)
 def test_a_scan_is_the_loop(name):
     method, steps = method_of(name), 3
     put, update, _ = single_update(name)
@@ -326,7 +325,9 @@ def loss_fn(params, x):
     return {f"task {k}": 10.0 ** (k - 2) * jnp.mean((outputs[:, k] - 1) ** 2) for k in range(K)}
 
 
-@of_methods([name for name in METHODS if method_of(name).weighting is not None and method_of(name).route is None])
+@of_methods(
+    [name for name in METHODS if method_of(name).weighting is not None and method_of(name).route is None], KINDS
+)
 def test_both_routes_give_the_same_update(name):
     """Contract 4: with and without the Jacobian in memory, step after step. (`on_shared`, chunks: test_routes.py.)"""
     method = method_of(name)

@@ -135,15 +135,15 @@ def test_mgda_gives_zero_divisors_all_the_weight():
 @pytest.mark.parametrize("normalize", METHODS)
 def test_mgda_of_what_is_not_finite_is_nan(normalize, bad):
     weigh = padded.jitted(METHODS[normalize].weighting.weigh)
-    present = jnp.ones(3, bool)
+    present = jnp.ones(10, bool)
     for entry in ((0, 1), (2, 2)):
-        assert jnp.isnan(weigh(jnp.eye(3).at[entry].set(bad), jnp.ones(3), (), present)[0]).all()
-    weights = weigh(jnp.eye(3), jnp.ones(3).at[1].set(bad), (), present)[0]
+        assert jnp.isnan(weigh(jnp.eye(10).at[entry].set(bad), jnp.ones(10), (), present)[0]).all()
+    weights = weigh(jnp.eye(10), jnp.ones(10).at[1].set(bad), (), present)[0]
     assert jnp.isnan(weights).all() == ("loss" in normalize)
 
 
 @settings(deadline=None, max_examples=15)
-@given(seed=st.integers(0, 2**32 - 1), normalize=st.sampled_from(list(METHODS)))
+@given(seed=st.integers(0, 2**32 - 1), normalize=st.sampled_from(("none", "loss+")))
 def test_mgda_of_the_tasks_that_are_present_is_as_without_the_others(seed, normalize):
     rows, losses = random_rows(seed)
     at = np.random.default_rng(seed).choice(10, K, replace=False)

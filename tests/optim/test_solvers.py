@@ -23,6 +23,7 @@ SIZES = (1, 2, 3, 5, 8)  # few, because every K compiles anew
 
 min_norm = jax.jit(solvers.min_norm_weights)
 qp = jax.jit(solvers.nonnegative_qp)
+cone = jax.jit(solvers.cone_projection)
 many = jax.jit(jax.vmap(solvers.nonnegative_qp, (None, 0)))
 project = jax.jit(solvers.simplex_projection)
 
@@ -260,7 +261,7 @@ def brute_force_qp(a, b):
 
 
 @settings(deadline=None, max_examples=15)
-@given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from(SIZES), dtype=st.sampled_from(list(padded.DTYPES)))
+@given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from((1, 3, 8)), dtype=st.sampled_from(list(padded.DTYPES)))
 def test_nonnegative_qp_equals_brute_force_over_faces(seed, size, dtype):
     rng, kind = np.random.default_rng(seed), padded.DTYPES[dtype][0]
     root = rng.normal(size=(size, size + 3))
@@ -299,7 +300,7 @@ def test_nonnegative_qps_of_one_matrix_side_by_side(family, dtype):
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("num_params", [1, *(pytest.param(n, marks=SLOW) for n in (20, 40, 64)), 200])
+@pytest.mark.parametrize("num_params", [1, *(pytest.param(n, marks=SLOW) for n in (20, 40, 64, 200))])
 def test_nonnegative_qps_of_sixty_four_coordinates_are_optimal(num_params):
     """b - A x is zero where x is positive and at most zero elsewhere, to rounding; both for float32 and float64."""
     unit = np.random.default_rng(num_params).normal(size=(64, num_params))
@@ -398,7 +399,7 @@ def test_row_normalized_does_not_hide_what_is_not_finite(bad):
 
 @pytest.mark.parametrize("dtype", padded.DTYPES)
 def test_cone_projection_is_that_of_the_rows(dtype):
-    rng, solve = np.random.default_rng(0), jax.jit(solvers.cone_projection)
+    rng = np.random.default_rng(0)
     kind = padded.DTYPES[dtype][0]
     errors = {}
     for case, (matrix, _, _) in CASES.items():
@@ -406,7 +407,7 @@ def test_cone_projection_is_that_of_the_rows(dtype):
         rows, u = np.zeros((size, matrix.shape[1])), np.zeros(size)
         rows[: len(matrix)], u[: len(matrix)] = matrix, rng.integers(-4, 8, len(matrix)) / 4
         with padded.precision(dtype):
-            v = solve(jnp.asarray(rows.astype(kind) @ rows.T.astype(kind)), jnp.asarray(u, kind))
+            v = cone(jnp.asarray(rows.astype(kind) @ rows.T.astype(kind)), jnp.asarray(u, kind))
         v = np.asarray(v, np.float64)
         assert (v >= u).all()
         target = rows.T @ u
@@ -421,9 +422,9 @@ def test_cone_projection_is_that_of_the_rows(dtype):
 def test_cone_projection_by_hand():
     # (2, 0) hurts (-1, 1): <., .> = -2, and + 2/2 (-1, 1) makes it (1, 1). (0.5, 1.5) hurts neither.
     gramian = gram32(np.array([[2.0, 0.0], [-1.0, 1.0]]))
-    np.testing.assert_allclose(solvers.cone_projection(gramian, jnp.array([1.0, 0.0])), [1.0, 1.0], atol=1e-6)
-    assert solvers.cone_projection(gramian, jnp.array([1.0, 1.5])).tolist() == [1.0, 1.5]
-    assert solvers.cone_projection(gramian, jnp.zeros(2)).tolist() == [0.0, 0.0]
+    np.testing.assert_allclose(cone(gramian, jnp.array([1.0, 0.0])), [1.0, 1.0], atol=1e-6)
+    assert cone(gramian, jnp.array([1.0, 1.5])).tolist() == [1.0, 1.5]
+    assert cone(gramian, jnp.zeros(2)).tolist() == [0.0, 0.0]
 
 
 # The simplex.
@@ -432,7 +433,7 @@ def test_cone_projection_by_hand():
 @settings(deadline=None, max_examples=50)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    size=st.sampled_from(SIZES),
+    size=st.sampled_from((1, 3, 8)),
     spread=st.sampled_from([1e-6, 0.1, 1.0, 10.0, 1e6, 1e30]),
     dtype=st.sampled_from(list(padded.DTYPES)),
 )

@@ -139,10 +139,15 @@ if __name__ == "__main__":
     parser.add_argument("--distributed", action="store_true")
     arguments = parser.parse_args()
     on_mesh = {"width": 256} if arguments.mesh else {}  # large enough to be split
-    with command.on_machine(command.Machine(mesh=arguments.mesh, distributed=arguments.distributed)):
+
+    def body() -> int:
         fitted = train_toy(arguments.run, resume=arguments.resume, **on_mesh)
         if fitted.interrupted:
-            sys.exit(130)
+            return command.INTERRUPTED
         found = arrays(sharding.to_host(jax.tree.map(plain, fitted.state)))
         if distributed.is_main():
             np.savez(arguments.result, history=json.dumps(fitted.history), **found)
+        return 0
+
+    machine = command.Machine(mesh=arguments.mesh, distributed=arguments.distributed)
+    sys.exit(command.run_on_machine(machine, sys.argv[1:], body))

@@ -1,0 +1,54 @@
+"""Every device does its own rows of a batch, also where the compiler would not do so by itself.
+
+On a mesh the compiler splits a program operation by operation, from where the inputs are. What it cannot split has its
+operand gathered on every device first: `jax.lax.top_k`, a custom call, is of that kind (`on_own_rows`). And a map whose
+kernel is split over 'fsdp' can be computed where the rows are, with a gathered kernel, or where the kernel is, with
+gathered rows: for one gradient the compiler takes the former, for the K of a Jacobian the latter, unless activations
+are pinned to their rows (`pin_rows`).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from mtjax.sharding import BATCH_AXES, current_mesh
+
+P = jax.sharding.PartitionSpec
+
+
+def rows_mesh(rows: int) -> Any:
+    """The ambient mesh if its devices divide a number of rows, else None; None also inside of another `shard_map`."""
+    mesh = current_mesh()
+    if mesh is None or any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
+        return None
+    return None if rows % math.prod(mesh.shape[name] for name in BATCH_AXES) else mesh
+
+
+def pin_rows(x: jax.Array, *, axis: int = 0) -> jax.Array:
+    """x, and by transposition its cotangents, split by rows along `axis` if a mesh's devices divide them.
+
+    Other dimensions are the compiler's, which leaves no more than the axis 'tensor' to them.
+    """
+    mesh = rows_mesh(x.shape[axis])
+    if mesh is None:
+        return x
+    free = [P.UNCONSTRAINED] * x.ndim
+    free[axis] = BATCH_AXES
+    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, P(*free)))
+
+
+def on_own_rows(function: Callable, x: jax.Array, *, axis: int) -> Any:
+    """`function(x)`, device by device on a mesh whose devices divide the rows.
+
+    Args:
+      function: treats the entries along `axis` independently and keeps their order, in everything that it returns.
+      x: f[...].
+      axis: not negative; the rows of a batch, or what is inside of each of them with the rows outermost (tokens).
+    """
+    mesh = rows_mesh(x.shape[axis])
+    if mesh is None:
+        return function(x)
+    rows = P(*[None] * axis, BATCH_AXES)
+    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows)(x)
