@@ -299,7 +299,7 @@ def _size(count: int) -> str:
     """Bytes as people write them.
 
     >>> _size(900), _size(1_536_000)
-    ('900 B', '1.5 MB')
+    ('900 B', '1.54 MB')
     """
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":

@@ -316,7 +316,9 @@ def tasks_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
             axis.plot(
                 counts, [row[key] / unit for row in some], color=f"C{number}", marker="o", markersize=3, label=route
             )
-        axis.set(xlabel="tasks", ylabel=label, xscale="log", yscale="log")
+        axis.set(xlabel="tasks", ylabel=label, xscale="log")
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xticks(counts, [str(count) for count in counts])
         axis.minorticks_off()
     axes[0].legend(frameon=False, fontsize="small")
