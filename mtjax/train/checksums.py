@@ -10,6 +10,7 @@ changes the sum; any other change (zeros, elements exchanged) is missed once in 
 Reference: the mixing function is the finaliser of MurmurHash3 (A. Appleby, 2011, public domain).
 """
 
+import contextlib
 from typing import Any
 
 import jax
@@ -64,13 +65,14 @@ def is_key(leaf: Any) -> bool:
 
 
 def _on_devices(leaf: jax.Array) -> jax.Array:
-    """u32[], not waited for."""
+    """u32[], not waited for if this process alone computes it."""
     sharding = leaf.sharding
     # The ambient mesh may be another one, on which this array does not lie.
-    if isinstance(sharding, jax.NamedSharding):
-        with jax.set_mesh(sharding.mesh):
-            return _program(leaf)
-    return _program(leaf)
+    with jax.set_mesh(sharding.mesh) if isinstance(sharding, jax.NamedSharding) else contextlib.nullcontext():
+        total = _program(leaf)
+    # A CPU runs programs that do not depend on each other side by side, each process in an order of its own: two that
+    # sum over processes would wait for each other for ever.
+    return total if leaf.is_fully_addressable else jax.block_until_ready(total)
 
 
 @jax.jit  # one program for each shape, dtype and sharding: parameters and momenta share theirs
