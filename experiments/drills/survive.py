@@ -36,7 +36,7 @@ ROOT = HERE.parents[1]
 RESULT = ROOT / "experiments" / "results" / "drills" / "survive.json"
 WORKLOAD = [sys.executable, str(HERE / "workload.py")]
 MESH = "data=2,fsdp=4"
-PATIENCE_S = 600
+PATIENCE_S = 300
 
 
 def start(run: pathlib.Path, result: pathlib.Path, *more: str, mesh: str | None, processes: int, devices: int):
@@ -53,7 +53,8 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
     try:
         errors = process.communicate(timeout=PATIENCE_S)[1]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for number in (*workers(process), process.pid):
+            os.kill(number, signal.SIGKILL)
         raise
     return process.returncode, errors
 
