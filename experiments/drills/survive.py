@@ -186,42 +186,54 @@ def meshes_agree(quick: bool) -> dict:
     }
 
 
+DRILLS = ("saves", "processes", "killed", "moved", "meshes")
+
+
+def run(drill: str, folder: pathlib.Path, seed: int, quick: bool) -> dict:
+    """One drill. Runs that several of them compare with are made once."""
+
+    def reference(name: str, mesh: str | None, processes: int, devices: int) -> dict:
+        if (folder / f"{name}.npz").exists():
+            with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
+                return dict(arrays)
+        return whole(folder, name, mesh=mesh, processes=processes, devices=devices)
+
+    def two() -> dict:
+        return reference("two", MESH, 2, 4)
+
+    if drill == "saves":
+        (folder / "saves").mkdir()
+        return kill_during_save(3 if quick else 30, seed, folder / "saves")
+    if drill == "processes":
+        others = {"8 devices": reference("one", MESH, 1, 8), "1 device": reference("alone", None, 1, 1)}
+        name = "largest relative difference of 2 processes x 4 devices from 1 process with"
+        return {f"{name} {other}": difference(two(), found) for other, found in others.items()}
+    if drill == "killed":
+        return kill_one_process(folder, two(), 1 if quick else 3, seed)
+    if drill == "moved":
+        return stop_and_move(folder, two())
+    return meshes_agree(quick)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--drills", nargs="+", choices=DRILLS, default=DRILLS, help="which; the others' figures stay")
     parser.add_argument("--quick", action="store_true", help="a few of each drill; writes no result")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: 0)")
     args = parser.parse_args()
-    where, began = report.provenance(outputs=[RESULT]), time.perf_counter()
-    found = {}
-
-    def drill(name, body):
-        print(f"{name} ...", flush=True)
-        found[name] = body()
-        print(json.dumps(found[name]), flush=True)
-
+    where = report.provenance(outputs=[RESULT])
     with tempfile.TemporaryDirectory() as scratch:
-        folder = pathlib.Path(scratch)
-        (folder / "saves").mkdir()
-        drill("kills during saves", lambda: kill_during_save(3 if args.quick else 30, args.seed, folder / "saves"))
-        two = whole(folder, "two", mesh=MESH, processes=2, devices=4)
-        one = whole(folder, "one", mesh=MESH, processes=1, devices=8)
-        alone = whole(folder, "alone", mesh=None, processes=1, devices=1)
-        drill(
-            "processes",
-            lambda: {
-                "2 x 4 devices against 1 x 8, largest relative difference": difference(two, one),
-                "2 x 4 devices against 1 device, largest relative difference": difference(two, alone),
-            },
-        )
-        times = 1 if args.quick else 5
-        drill("one of two processes killed", lambda: kill_one_process(folder, two, times, args.seed))
-        drill("stopped and moved", lambda: stop_and_move(folder, two))
-    drill("meshes", lambda: meshes_agree(args.quick))
-    if not args.quick:
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        content = {"seed": args.seed, "drills": found, "wall_s": round(time.perf_counter() - began, 1)}
-        RESULT.write_text(json.dumps(content | {"provenance": where}, indent=2) + "\n")
-        print(f"Written: {RESULT}")
+        for drill in args.drills:
+            print(f"{drill} ...", flush=True)
+            began = time.perf_counter()
+            found = run(drill, pathlib.Path(scratch), args.seed, args.quick)
+            print(json.dumps(found), flush=True)
+            if not args.quick:
+                content = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+                wall_s = round(time.perf_counter() - began, 1)
+                content[drill] = {"found": found, "seed": args.seed, "wall_s": wall_s, "provenance": where}
+                RESULT.parent.mkdir(parents=True, exist_ok=True)
+                RESULT.write_text(json.dumps(content, indent=2) + "\n")
     return 0
 
 

@@ -49,6 +49,13 @@ class Machine:
     print memory, operations and communication of a device."""
 
 
+def options_style() -> tuple:
+    """`config` of `tyro.cli` for all scripts: the machine's options have no prefix, and flags no opposite."""
+    import tyro
+
+    return (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+
+
 def run_on_machine(args: Machine, argv: Sequence[str], body: Callable[[], int]) -> int:
     """Runs the body of a script where its options say: joins the other processes, makes the mesh ambient.
 
@@ -66,8 +73,13 @@ def run_on_machine(args: Machine, argv: Sequence[str], body: Callable[[], int]) 
     def run() -> int:
         if args.dry_run and not dryrun.in_child():
             return dryrun.run_in_child(argv, sharding.mesh_size(args.mesh or "data=1"))
+        if args.profile is not None and args.profile.exists() and not args.profile.is_dir():
+            raise ValueError(f"--profile {args.profile} is a file; name a folder")
         if args.distributed:
-            distributed.initialize()
+            try:
+                distributed.initialize()
+            except RuntimeError as error:
+                raise ValueError(f"--distributed: {error}") from error
         spec = args.mesh or ("data=-1" if args.distributed else None)
         if spec is None and jax.local_device_count() > 1 and jax.default_backend() != "cpu":
             print(f"note: one of {jax.local_device_count()} devices is used; --mesh data=-1 uses all of them")
@@ -104,9 +116,16 @@ def run_command(body: Callable[[], int]) -> int:
         except (ValueError, OSError, ImportError, NonFiniteLossError) as error:
             if os.environ.get("MTJAX_TRACEBACK"):
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_sentence(error)}", file=sys.stderr)
             distributed.leave_at_exit(2)
             return 2
+
+
+def _sentence(error: Exception) -> str:
+    """An error in words: those of the operating system without their number."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def newest_run(base: pathlib.Path) -> pathlib.Path:
@@ -137,7 +156,10 @@ def write_run(run: pathlib.Path, arguments: Any, **more: Any) -> None:
     """Writes `run.json`: a dataclass of command line arguments, and more JSON values."""
     distributed.barrier("run.json")  # every process has read it
     if distributed.is_main():
-        run.mkdir(parents=True, exist_ok=True)
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--run {run}: this folder cannot be made ({error.strerror})") from error
         fields = {"arguments": dataclasses.asdict(arguments)} | more
         temporary = run / "run.json.tmp"
         temporary.write_text(json.dumps(fields, indent=2, default=os.fspath) + "\n")
