@@ -6,11 +6,22 @@ what this library is about, so it does not start with that release unless the fa
 """
 
 import os
+import pathlib
+import sys
 
 import jaxlib
 
 BROKEN_JAXLIB = "0.10.2"
 WORKAROUND = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
+
+
+def doctor_asked(argv: list[str]) -> bool:
+    """Whether this is `mtjax doctor` or `python -m mtjax doctor`, which says what is wrong, and so is not refused.
+
+    Args:
+      argv: sys.argv as it is while this package is imported.
+    """
+    return argv[1:2] == ["doctor"] and pathlib.Path(argv[0]).name in ("mtjax", "mtjax.exe", "-m")
 
 
 def check_jaxlib(version: str = jaxlib.__version__, flags: str | None = None) -> None:
@@ -21,7 +32,7 @@ def check_jaxlib(version: str = jaxlib.__version__, flags: str | None = None) ->
       flags: value of XLA_FLAGS; by default that of the environment.
     """
     flags = os.environ.get("XLA_FLAGS", "") if flags is None else flags
-    if version == BROKEN_JAXLIB and WORKAROUND not in flags:
+    if version == BROKEN_JAXLIB and WORKAROUND not in flags and not doctor_asked(sys.argv):
         raise ImportError(
             f"jaxlib {BROKEN_JAXLIB} computes wrong per-task gradients on CPU (jax-ml/jax#39103) and mtjax refuses to "
             f"run on it. Install another release (pip install 'jax!={BROKEN_JAXLIB}' 'jaxlib!={BROKEN_JAXLIB}'), or "

@@ -75,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--grace", type=float, default=30.0, metavar="S", help="seconds from a forwarded signal to SIGKILL (30)"
     )
     own, command = split_command(sys.argv[1:] if arguments is None else list(arguments))
-    options = parser.parse_args(own)
+    options, unknown = parser.parse_known_args(own)
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}; the command to start comes after ' -- '")
     if not command:
         parser.error("the command to start is missing: write it after ' -- '")
     try:
@@ -95,7 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for number in range(options.processes)
         ]
         return run(command, environments, grace_s=options.grace)
-    except (FileNotFoundError, PermissionError, ValueError) as error:
+    except (FileNotFoundError, PermissionError) as error:
+        parser.error(f"{error.filename} cannot be started: {error.strerror}")
+    except ValueError as error:
         parser.error(str(error))
 
 

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import sys
 import tomllib
 
 import jaxlib
@@ -39,6 +40,18 @@ def test_flags_come_from_the_environment(monkeypatch):
         monkeypatch.delenv("XLA_FLAGS", raising=False)
         if flags is not None:
             monkeypatch.setenv("XLA_FLAGS", flags)
+        with pytest.raises(ImportError):
+            _compat.check_jaxlib("0.10.2")
+
+
+def test_the_doctor_is_not_refused(monkeypatch):
+    """It is to say what is wrong: sys.argv as it is while `python -m mtjax doctor` or `mtjax doctor` import us."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    for argv in (["-m", "doctor"], ["/usr/bin/mtjax", "doctor", "--quick"]):
+        monkeypatch.setattr(sys, "argv", argv)
+        _compat.check_jaxlib("0.10.2")
+    for argv in (["-m", "inspect"], ["train.py", "doctor"], ["-c"], [""], []):
+        monkeypatch.setattr(sys, "argv", argv)
         with pytest.raises(ImportError):
             _compat.check_jaxlib("0.10.2")
 

@@ -392,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] == [name]:
             arguments = tyro.cli(options, args=argv[1:], prog=f"multitab.py {name}")
             return command.run_command(lambda: body(arguments))  # noqa: B023
-    arguments = tyro.cli(tyro.conf.OmitArgPrefixes[Train], args=argv, prog="multitab.py")
+    arguments = tyro.cli(Train, args=argv, prog="multitab.py", config=command.options_style())
     return command.run_on_machine(arguments.machine, argv, lambda: train(arguments))
 
 

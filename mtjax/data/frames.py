@@ -57,12 +57,19 @@ def read_table(path: Any) -> "pd.DataFrame":
     """
     import pathlib
 
-    import pandas as pd
-
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No table at {path}")
     endings = [ending.lower() for ending in path.suffixes]
+    try:
+        return _read(path, endings)
+    except ValueError as error:  # pandas and pyarrow do not name the file
+        raise ValueError(f"Cannot read {path}: {error}") from error
+
+
+def _read(path: Any, endings: Sequence[str]) -> "pd.DataFrame":
+    import pandas as pd
+
     if any(ending in (".parquet", ".pq") for ending in endings[-1:]):
         return as_frame(pd.read_parquet(path))
     if any(ending in (".csv", ".tsv") for ending in endings[-2:]):
@@ -71,7 +78,7 @@ def read_table(path: Any) -> "pd.DataFrame":
         header = pd.read_csv(path, sep=separator, header=None, nrows=1, dtype=str).iloc[0]
         check_names([f"(column {i})" if pd.isna(name) else name for i, name in enumerate(header)])
         return as_frame(pd.read_csv(path, sep=separator, low_memory=False))
-    raise ValueError(f"Cannot read {path}: expected a file that ends in .csv, .tsv, .parquet or .pq")
+    raise ValueError("expected a file that ends in .csv, .tsv, .parquet or .pq")
 
 
 def listing(values: Sequence[Any], limit: int = 6) -> str:

@@ -23,6 +23,7 @@ from flax.core import FrozenDict
 
 from mtjax.nn.expert_use import expert_use
 from mtjax.nn.experts import ExpertLayout, GatedExperts, LayoutPart, pick
+from mtjax.nn.local_rows import pin_rows
 from mtjax.nn.stacked import TaskHeads
 from mtjax.nn.tokenizer import FeatureTokenizer, check_features
 
@@ -99,7 +100,8 @@ class StackedEmbeddings(nn.Module):
             table = self.param("table", self.embedding_init, shape)
             offsets = np.concatenate([[0], np.cumsum(self.cardinalities)[:-1]]).astype(np.int32)
             # One gather from the whole array: taking the streams' tables first would copy them.
-            tokens.append(table[rows[:, None, None], (batch["categorical"] + offsets[None])[None]])
+            looked_up = table[rows[:, None, None], (batch["categorical"] + offsets[None])[None]]
+            tokens.append(pin_rows(looked_up, axis=1, whole=True))
         if self.num_numeric:
             shape = (self.stack, self.num_numeric, self.width)
             weight = self.param("weight", self.embedding_init, shape)[rows]

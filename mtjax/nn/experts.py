@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtjax.nn.local_rows import pin_rows
 from mtjax.nn.stacked import StackedMLP
 
 Initializer = nn.initializers.Initializer
@@ -252,7 +253,8 @@ def pick(x: jax.Array, streams: Sequence[int]) -> jax.Array:
         return x
     if len(set(streams)) == 1:
         return x[streams[0]]
-    return x[np.asarray(streams)]
+    # On meshes with an axis 'tensor' XLA 0.10 splits the gradient of this lookup wrongly; of whole rows it cannot.
+    return pin_rows(pin_rows(x, axis=1, whole=True)[np.asarray(streams)], axis=1, whole=True)
 
 
 def _gate_input(x: jax.Array, gate_stream: Sequence[Sequence[int]]) -> jax.Array:
@@ -266,7 +268,8 @@ def _gate_input(x: jax.Array, gate_stream: Sequence[Sequence[int]]) -> jax.Array
         return x[None] * count[:, None, None]
     total = jnp.broadcast_to(first, (len(gate_stream), *x.shape[1:]))
     for j in range(1, longest):  # streams per gate: two in STEM
-        more = x[np.asarray([streams[j] if j < len(streams) else 0 for streams in gate_stream])]
+        more = pick(x, [streams[j] if j < len(streams) else 0 for streams in gate_stream])
+        more = jnp.broadcast_to(more, total.shape)
         has = np.asarray([j < len(streams) for streams in gate_stream])
         total = total + jnp.where(has[:, None, None], more, 0.0)
     return total

@@ -13,30 +13,37 @@ from typing import Any
 
 import jax
 
-from mtjax.sharding import BATCH_AXES, current_mesh
+from mtjax.sharding import BATCH_AXES, batch_axes, current_mesh
 
 P = jax.sharding.PartitionSpec
 
 
+def _auto_mesh() -> Any:
+    """The ambient mesh, None inside of a `shard_map`."""
+    mesh = current_mesh()
+    return mesh if mesh is not None and all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types) else None
+
+
 def rows_mesh(rows: int) -> Any:
     """The ambient mesh if its devices divide a number of rows, else None; None also inside of another `shard_map`."""
-    mesh = current_mesh()
-    if mesh is None or any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
-        return None
-    return None if rows % math.prod(mesh.shape[name] for name in BATCH_AXES) else mesh
+    mesh = _auto_mesh()
+    return None if mesh is None or rows % math.prod(mesh.shape[name] for name in BATCH_AXES) else mesh
 
 
-def pin_rows(x: jax.Array, *, axis: int = 0) -> jax.Array:
-    """x, and by transposition its cotangents, split by rows along `axis` if a mesh's devices divide them.
+def pin_rows(x: jax.Array, *, axis: int = 0, whole: bool = False) -> jax.Array:
+    """x, and by transposition its cotangents, split on a mesh by rows along `axis`, as a batch is that is placed there.
 
-    Other dimensions are the compiler's, which leaves no more than the axis 'tensor' to them.
+    Args:
+      x: f[...].
+      axis: the rows.
+      whole: whether every device holds its rows whole. Otherwise the compiler may split them over the axis 'tensor'.
     """
-    mesh = rows_mesh(x.shape[axis])
+    mesh = _auto_mesh()
     if mesh is None:
         return x
-    free = [P.UNCONSTRAINED] * x.ndim
-    free[axis] = BATCH_AXES
-    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, P(*free)))
+    spec = [None if whole else P.UNCONSTRAINED] * x.ndim
+    spec[axis] = batch_axes(x.shape[axis], mesh) or None
+    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, P(*spec)))
 
 
 def on_own_rows(function: Callable, x: jax.Array, *, axis: int) -> Any:

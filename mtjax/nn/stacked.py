@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mtjax.nn.local_rows import pin_rows
+
 Initializer = nn.initializers.Initializer
 lecun_normal = nn.initializers.lecun_normal(batch_axis=(0,))
 
@@ -71,7 +73,7 @@ class StackedDense(nn.Module):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.stack, self.features))
             y = y + take(bias, index)[:, None, :]
-        return y
+        return pin_rows(y, axis=1)
 
 
 class StackedLayerNorm(nn.Module):

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtjax.nn.local_rows import pin_rows
+
 Initializer = nn.initializers.Initializer
 
 
@@ -64,7 +66,7 @@ class FeatureTokenizer(nn.Module):
         if self.cardinalities:
             table = self.param("table", self.kernel_init, (int(np.sum(self.cardinalities)), self.width))
             offsets = np.concatenate([[0], np.cumsum(self.cardinalities)[:-1]]).astype(np.int32)
-            looked_up = table[batch["categorical"] + offsets[None, :]]
+            looked_up = pin_rows(table[batch["categorical"] + offsets[None, :]], whole=True)
             if self.categorical_bias:
                 shape = (len(self.cardinalities), self.width)
                 looked_up = looked_up + self.param("categorical_bias", self.bias_init, shape)[None]

@@ -90,6 +90,8 @@ def run(
     args, directory = command.settle_run(args, pathlib.Path("runs") / system)
     config = override(presets[args.preset], args.set)
     config = dataclasses.replace(config, seeds=config.seeds if args.seeds is None else args.seeds)
+    if config.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {config.seeds}")
     if args.machine.dry_run:
         body(config, directory, False)
         raise ValueError("--dry-run: nothing was trained, so there is nothing to describe")
@@ -137,7 +139,7 @@ def main(
     argv = list(sys.argv[1:] if argv is None else argv)
     name = f"{system.split('_', 1)[1]}.py"
     card = re.sub(r"\n(?=\w+: )", "\n\n", description)  # every entry of the head is a paragraph
-    arguments = tyro.cli(tyro.conf.OmitArgPrefixes[Arguments], args=argv, prog=name, description=card)
+    arguments = tyro.cli(Arguments, args=argv, prog=name, description=card, config=command.options_style())
 
     def body_on_machine() -> int:
         return run(arguments, system, presets, body, results, row_defaults)
