@@ -35,7 +35,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 WITH_CODE = [page for page, text in PAGES.items() if blocks(text, "python")]
-COMPILES = ("concepts/models.md", "families/objectives.md", "families/operators.md", "families/vision.md")
+COMPILES = ("concepts/models.md", "faq.md", "families/objectives.md", "families/operators.md", "families/vision.md")
 
 
 @pytest.mark.parametrize("page", [page for page in WITH_CODE if page not in COMPILES])
@@ -100,10 +100,24 @@ def test_every_page_is_in_the_navigation_and_included_files_exist():
             assert (ROOT / included).is_file(), (page, included)
 
 
-@functools.cache
+def test_docstrings_become_markdown():
+    """Doctests are code, `<` outside of code is no tag, references are a paragraph, joint entries are taken apart."""
+    module = part("docstrings")
+    text = "|x| for x < y, `a<b`:\n\n    <g, d>\n\n>>> 1\n1\n\nReference: A and B,\n  2020."
+    expected = "|x| for x &lt; y, `a<b`:\n\n    <g, d>\n\n```pycon\n>>> 1\n1\n```\n\n**Reference:** A and B,\n2020."
+    assert module.to_markdown(text) == expected
+    assert module.one_by_one("Args:\n  b1, b2: rates.") == "Args:\n  b1: see `b2`.\n  b2: rates."
+
+
 def hooks():
+    return part("hooks")
+
+
+@functools.cache
+def part(name):
     pytest.importorskip("mkdocs", reason="the documentation's extra is not installed: pip install 'mtjax[docs]'")
-    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
+    pytest.importorskip("griffe", reason="the documentation's extra is not installed: pip install 'mtjax[docs]'")
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

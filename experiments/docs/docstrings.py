@@ -18,19 +18,7 @@ SEVERAL = re.compile(r"  (\w+(?:, \w+)+): ")
 
 
 def to_markdown(text: str) -> str:
-    """A whole docstring.
-
-    >>> print(to_markdown("Twice |x| for x < y.\\n\\n>>> 1 + 1\\n2\\n\\nReference: A and B,\\n  2020."))
-    Twice |x| for x &lt; y.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
-    <BLANKLINE>
-    **Reference:** A and B,
-    2020.
-    """
+    """A whole docstring."""
     text = AS_ELSEWHERE.sub(r"**Raises:** as \1", text)
     lines, inside = [], None  # None, 'section', 'inline', 'code', 'doctest'
     base, before = 0, ""

@@ -217,7 +217,7 @@ def fit(
       A `Fit`.
 
     Raises:
-      As `fit_problem`.
+      ValueError, NonFiniteLossError: as `fit_problem`.
     """
     problem = table_problem(
         model,
