@@ -393,13 +393,17 @@ def fit_problem(
         stop = False
         window = stack.enter_context(profile_window())
         bar = stack.enter_context(Progress(title, total_steps, step, enabled=progress and main))
-        ahead = None
+        ahead, run_step = None, run_chunk
         while step < total_steps and _open(state, config.patience).any() and not stop:
             chunk, count, until = next_chunk(step) if ahead is None else ahead
             window.step(step)
             began = time.perf_counter()
             active = np.arange(chunk_steps) < count
-            state, step_metrics, finite = run_chunk(state, feed.data, chunk.steps, active)
+            if distributed.process_count() > 1 and run_step is run_chunk:
+                # Collectives wait less long for each other than one process may compile longer than another.
+                run_step = run_chunk.lower(state, feed.data, chunk.steps, active).compile()
+                distributed.barrier("compiled", timeout_s=3600)
+            state, step_metrics, finite = run_step(state, feed.data, chunk.steps, active)
             if step + count < total_steps:  # while the device computes
                 ahead = next_chunk(step + count)
                 clock.note(device_was_done=step_metrics.losses.is_ready())
