@@ -196,6 +196,12 @@ def test_a_transformer_block_over_tensor_is_summed_once_per_half_and_direction(s
     assert counts["all-reduce"] == 5  # and the gradients of all parameters, over 'data'
 
 
+def test_a_block_over_three_axes():
+    """Where XLA needs its activations pinned, not to be fast but to be right (`mtjax.nn.local_rows`)."""
+    counts = check("jacobian", "block", "data=2,fsdp=2,tensor=2")
+    assert not {"all-to-all", "collective-permute"} & set(counts)
+
+
 def test_fsdp_gathers_parameters_and_nothing_else_for_a_jacobian_and_its_gramian():
     """Activations stay with their rows, Jacobians with their slices; what is reduced of them is K x K."""
     mesh, params = sharding.make_mesh("fsdp=8"), parameters("block")

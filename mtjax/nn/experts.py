@@ -253,7 +253,6 @@ def pick(x: jax.Array, streams: Sequence[int]) -> jax.Array:
         return x
     if len(set(streams)) == 1:
         return x[streams[0]]
-    # On meshes with an axis 'tensor' XLA 0.10 splits the gradient of this lookup wrongly; of whole rows it cannot.
     return pin_rows(pin_rows(x, axis=1, whole=True)[np.asarray(streams)], axis=1, whole=True)
 
 

@@ -5,6 +5,11 @@ operand gathered on every device first: `jax.lax.top_k`, a custom call, is of th
 kernel is split over 'fsdp' can be computed where the rows are, with a gathered kernel, or where the kernel is, with
 gathered rows: for one gradient the compiler takes the former, for the K of a Jacobian the latter, unless activations
 are pinned to their rows (`pin_rows`).
+
+Pins also keep results right. XLA (of jax 0.10) computes x W wrongly where x is split by rows over 'data' and 'fsdp' and
+by columns over 'tensor', W over 'tensor' and 'fsdp', and x W like x, each axis larger than 1; and the gradient of a
+lookup whose indices it chose to split over an axis that does not divide them. So what a map with a kernel split over
+'tensor' reads or returns, other than the hidden layer between two of them, and what is looked up, is pinned whole.
 """
 
 import math
@@ -36,7 +41,8 @@ def pin_rows(x: jax.Array, *, axis: int = 0, whole: bool = False) -> jax.Array:
     Args:
       x: f[...].
       axis: the rows.
-      whole: whether every device holds its rows whole. Otherwise the compiler may split them over the axis 'tensor'.
+      whole: whether every device holds its rows whole. Otherwise the compiler may split them over the axis 'tensor':
+        for what lies between two maps only, see the module.
     """
     mesh = _auto_mesh()
     if mesh is None:

@@ -68,12 +68,13 @@ class StackedDense(nn.Module):
           f32[N, B, F], or f32[len(index), B, F].
         """
         kernel = self.param("kernel", self.kernel_init, (self.stack, x.shape[-1], self.features))
+        x = pin_rows(x, axis=x.ndim - 2, whole=True)
         spec = "bd,ndf->nbf" if x.ndim == 2 else "nbd,ndf->nbf"
         y = jnp.einsum(spec, x, take(kernel, index))
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.stack, self.features))
             y = y + take(bias, index)[:, None, :]
-        return pin_rows(y, axis=1)
+        return pin_rows(y, axis=1, whole=True)
 
 
 class StackedLayerNorm(nn.Module):
