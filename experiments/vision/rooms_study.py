@@ -16,6 +16,7 @@ from mtjax import dense_tasks, plots_vision
 from mtjax.data import rooms
 from mtjax.dense_tasks import DenseTask
 from mtjax.plots_objectives import save_small
+from mtjax.sharding import to_host
 from mtjax.train.evaluate import padded_batches
 from mtjax.train.images import fix_edge_threshold, make_image_evaluate, normalise_image
 
@@ -83,7 +84,7 @@ def collect_stats(model: Any, params: PyTree, split: Mapping[str, Any], *, batch
     found, count = None, 0
     for rows, real in padded_batches({"image": split["image"]}, min(batch_size, len(split["image"]))):
         if real == len(rows["image"]):
-            new = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), run(params, rows["image"]))
+            new = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), to_host(run(params, rows["image"])))
             found = new if found is None else jax.tree.map(np.add, found, new)
             count += 1
     return jax.tree.map(lambda leaf: leaf / count, found)
@@ -107,7 +108,7 @@ def draw_predictions(
     """Input, truth and the predictions of some arms' first seed, side by side; arms by their heading."""
     images, tasks = split["image"][:count], next(iter(arms.values())).tasks
     batch = {"image": normalise_image(images)}
-    outputs = {name: jax.jit(arm.model.apply)({"params": arm.of_seed(0)}, batch) for name, arm in arms.items()}
+    outputs = {name: to_host(jax.jit(arm.model.apply)({"params": arm.of_seed(0)}, batch)) for name, arm in arms.items()}
     figure = plots_vision.prediction_grid(
         images,
         {task.name: split["labels"][task.name][:count] for task in tasks},
