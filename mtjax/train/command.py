@@ -80,6 +80,10 @@ def run_on_machine(args: Machine, argv: Sequence[str], body: Callable[[], int]) 
                 distributed.initialize()
             except RuntimeError as error:
                 raise ValueError(f"--distributed: {error}") from error
+            if distributed.process_count() > 1 and jax.default_backend() == "cpu":
+                # Programs of process 0 alone are kept, so that it would start while the others compile, for longer
+                # than collectives between CPUs wait for each other.
+                jax.config.update("jax_enable_compilation_cache", False)
         spec = args.mesh or ("data=-1" if args.distributed else None)
         if spec is None and jax.local_device_count() > 1 and jax.default_backend() != "cpu":
             print(f"note: one of {jax.local_device_count()} devices is used; --mesh data=-1 uses all of them")

@@ -24,6 +24,7 @@ from mtjax.data.batches import LaneBatches
 from mtjax.data.prefetch import place_batch
 from mtjax.data.streams import Stream
 from mtjax.train.evaluate import num_rows
+from mtjax.train.step import gather_rows
 
 PyTree = Any
 
@@ -104,7 +105,7 @@ class InMemory(_Rows):
         self.data = jax.tree.map(jnp.asarray, columns)
 
     def take(self, data: PyTree, step: PyTree) -> PyTree:
-        return jax.tree.map(lambda column: column[step], data)
+        return gather_rows(data, step)
 
     def chunk(self, step: int, count: int, length: int) -> Chunk:
         numbers, position = self._numbers(step, count, length)
