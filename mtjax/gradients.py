@@ -23,11 +23,14 @@ Letters: K tasks, P parameters.
 1.0
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from mtjax import sharding
 
 PyTree = Any
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -204,10 +207,50 @@ def sliced_gramian(rows: jax.Array, columns: jax.Array) -> jax.Array:
     return total + product(whole * step, rest) if rest else total
 
 
-def gramian(jacobian: PyTree) -> jax.Array:
-    """G = J J^T as f[K, K]: all inner products of per-task gradients."""
-    num_rows(jacobian)
-    return sum(leaf_gramian(leaf) for leaf in jax.tree.leaves(jacobian))
+def gramian(jacobian: PyTree, other: PyTree | None = None, counted: PyTree = True) -> jax.Array:
+    """G = J J^T as f[K, K]: all inner products of per-task gradients.
+
+    On an ambient mesh of `mtjax.sharding` every device sums over its own part of the split leaves, and one all-reduce
+    of K x K numbers follows for all of them together.
+
+    Args:
+      jacobian: leaves [K, ...], of parameters.
+      other: another Jacobian in the place of the second factor.
+      counted: bool, or one bool per leaf (a Python bool, or traced): what takes part.
+    """
+    num_tasks = num_rows(jacobian)
+    leaves = jax.tree_util.tree_leaves_with_path(jacobian)
+    others = [None] * len(leaves) if other is None else jax.tree.leaves(other)
+    flags = [counted] * len(leaves) if isinstance(counted, bool) else jax.tree.leaves(counted)
+    mesh = sharding.auto_mesh()
+    whole, split = [], []
+    for (keys, rows), columns, flag in zip(leaves, others, flags, strict=True):
+        spec = () if mesh is None else sharding.spec_of_rows(keys, rows.shape, mesh)
+        if flag is not False:
+            (split if any(spec) else whole).append((rows, columns, flag, spec))
+    total = sum((_gram(*leaf[:3]) for leaf in whole), jnp.zeros((num_tasks, num_tasks)))
+    return total + _split_gramian(split, mesh) if split else total
+
+
+def _gram(rows: jax.Array, columns: jax.Array | None, flag: Any) -> jax.Array:
+    gram = leaf_gramian(rows, columns)
+    return gram if flag is True else jnp.where(flag, gram, 0.0)
+
+
+def _split_gramian(leaves: list[tuple], mesh: Any) -> jax.Array:
+    """The part of a Gramian of leaves (rows, columns, flag, partition) that a mesh splits, with one all-reduce."""
+    specs = [spec for *_, spec in leaves]
+    axes = tuple(name for name in mesh.axis_names if any(name in spec for spec in specs))
+    # A leaf that is split over some of these axes only is summed by each of its copies.
+    copies = [math.prod(mesh.shape[name] for name in axes if name not in spec) for spec in specs]
+
+    def on_device(operands):
+        grams = [_gram(*operand) / count for operand, count in zip(operands, copies, strict=True)]
+        return jax.lax.psum(sum(grams), axes)
+
+    operands = [(rows, columns, jnp.asarray(flag)) for rows, columns, flag, _ in leaves]
+    in_specs = [(spec, None if columns is None else spec, sharding.P()) for _, columns, _, spec in leaves]
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(in_specs,), out_specs=sharding.P())(operands)
 
 
 def combine(jacobian: PyTree, weights: jax.Array) -> PyTree:

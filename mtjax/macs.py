@@ -235,6 +235,8 @@ def _jaxpr_macs(jaxpr: Any) -> int:
             total += math.prod(equation.outvars[0].aval.shape) * per_output
         elif name == "scan":
             times = equation.params["length"]
+        elif name == "shard_map":  # its body is the program of one device
+            times = equation.params["mesh"].size
         elif name in ("while", "cond"):
             raise ValueError(f"traced_macs cannot count a program with {name}: how often it runs depends on the data")
         total += times * sum(_jaxpr_macs(inner) for inner in jaxprs_in_params(equation.params))

@@ -136,6 +136,12 @@ def current_mesh() -> jax.sharding.Mesh | jax.sharding.AbstractMesh | None:
         return mesh
 
 
+def auto_mesh() -> jax.sharding.Mesh | jax.sharding.AbstractMesh | None:
+    """`current_mesh()`, but None inside of a `shard_map`, where code is already that of one device."""
+    mesh = current_mesh()
+    return mesh if mesh is not None and all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types) else None
+
+
 def logical_axes(path: str, shape: Sequence[int]) -> tuple[str | None, ...]:
     """Logical names of the dimensions of a leaf.
 
@@ -181,6 +187,14 @@ def spec_of(path: str, shape: Sequence[int], sizes: Mapping[str, int], rules: Ma
     while spec and spec[-1] is None:
         spec.pop()
     return P(*spec)
+
+
+def spec_of_rows(keys: tuple, shape: Sequence[int], mesh: Any) -> P:
+    """The partition of a leaf [K, ...] of a Jacobian, as that of its parameter with a leading axis that stays whole."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when the state was placed
+        spec = spec_of(path_of(keys), shape[1:], dict(mesh.shape))
+    return P(None, *spec)
 
 
 def _parameter(path: str) -> str:

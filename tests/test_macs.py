@@ -11,6 +11,7 @@ from mtjax.models.m3vit import M3VIT_FPGA, M3VIT_S, M3ViT, M3ViTConfig
 from mtjax.models.multitask_vit import MultitaskViT, SingleTaskViT
 from mtjax.nn.decoders import PUP, ConvHead, HeatmapHead, LinearUnpatch
 from mtjax.nn.vit import VIT_S, ViTConfig
+from mtjax.sharding import make_mesh
 
 HEADS = {"edge": 1, "normals": 3, "segmentation": 5}
 SMALL = ViTConfig(patch=4, width=8, depth=4, num_heads=2, cls_token=True)
@@ -135,3 +136,9 @@ def test_unknown_models_and_loops_are_refused():
     with pytest.raises(ValueError, match="cannot count a program with while"):
         traced_macs(lambda x: jax.lax.while_loop(lambda x: x < 3, lambda x: x + 1, x), 0.0)
     assert sum(Macs()) == 0 and M3VIT_FPGA.top_k * M3VIT_FPGA.expert_ratio == 4
+
+
+def test_a_program_of_several_devices_counts_them_all():
+    mesh = make_mesh("data=8")
+    product = jax.shard_map(lambda a: a @ a.T, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))
+    assert traced_macs(product, jax.ShapeDtypeStruct((16, 3), "float32")) == 8 * 2 * 3 * 2

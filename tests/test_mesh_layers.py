@@ -224,10 +224,10 @@ def test_fsdp_gathers_parameters_and_nothing_else_for_a_jacobian_and_its_gramian
         shape for shape in whole if shape != (3, D)
     )
     assert {o.kind for o in sent} <= {"all-gather", "all-reduce", "reduce-scatter"}
-    # Products of rows are summed leaf by leaf: K x K each, of those that are split.
+    # Of the Gramian K x K numbers travel, once for all leaves that are split.
     reduced = [shape for o in sent if o.kind != "all-gather" for _, shape in o.shapes]
-    split = sum(bool(own.spec) for own in jax.tree.leaves(sharding.shardings(params, mesh)))
-    assert reduced.count((T + 1, T + 1)) == split
+    assert sum(bool(own.spec) for own in jax.tree.leaves(sharding.shardings(params, mesh))) == 4
+    assert reduced.count((T + 1, T + 1)) == 1
 
 
 class Chunked(nn.Module):

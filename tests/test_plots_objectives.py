@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib import colors
+from PIL import Image
 
 from mtjax import plots_objectives as plots
 from mtjax.plots_objectives import Plane
@@ -125,6 +126,20 @@ def test_save_small_writes_a_png_with_a_palette(tmp_path: Path, rng):
     path = plots.save_small(figure, tmp_path / "figures" / "toy.png", colors=64)
     content = path.read_bytes()
     assert content[:4] == b"\x89PNG" and b"PLTE" in content and len(content) < 20_000
+
+
+def test_save_small_keeps_the_colour_of_a_single_marker(tmp_path: Path):
+    """A red point on a map of many colours."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 3))
+    axes = figure.subplots()
+    x, y = np.meshgrid(np.linspace(0, 1, 100), np.linspace(0, 1, 100))
+    axes.contourf(x, y, np.sin(5 * x) + y**2, levels=40, cmap="viridis")
+    axes.plot([0.5], [0.5], "o", color="#FF0000", markersize=3)
+    with Image.open(plots.save_small(figure, tmp_path / "map.png")) as image:
+        colors = np.asarray(image.convert("RGB")).reshape(-1, 3).astype(int)
+    assert np.abs(colors - [255, 0, 0]).max(axis=1).min() < 12
 
 
 @pytest.mark.parametrize(

@@ -156,10 +156,58 @@ def test_constrain_keeps_jacobians_sliced_and_reduces_only_the_gramian(params):
     np.testing.assert_allclose(sharding.to_host(found), expected, rtol=1e-5)
     kernel = jacobian["block_0"]["attention"]["qkv"]["kernel"]
     assert kernel.sharding.spec == P(None, "fsdp")
-    sizes = {one.shapes for one in collectives(compiled.as_text()) if one.kind == "all-reduce"}
-    assert (("f32", (3, 3)),) in sizes
+    sizes = [one.shapes for one in collectives(compiled.as_text()) if one.kind == "all-reduce"]
+    assert sizes.count((("f32", (3, 3)),)) == 1
     gathered = [one for one in collectives(compiled.as_text()) if one.kind == "all-gather"]
     assert all(shape[0] != 3 for one in gathered for _, shape in one.shapes), totals(gathered)
+
+
+@pytest.mark.parametrize("spec", ["fsdp=8", "data=2,fsdp=2,tensor=2", "expert=4,tensor=2"])
+@pytest.mark.parametrize("flags", ["all", "known", "traced"])
+def test_a_gramian_of_many_leaves_is_reduced_once(spec, flags):
+    """Whatever the axes over which leaves are split, 3 x 3 numbers travel, once; whole leaves are everyone's own."""
+    mesh = sharding.make_mesh(spec)
+    rng = np.random.default_rng(0)
+    shapes = {
+        "attention": {"qkv": {"kernel": (32, 3, 64), "bias": (3, 64)}, "out": {"kernel": (64, 32)}},
+        "moe": {"kernel_in": (4, 32, 16), "bias_out": (4, 32)},
+        "head": {"kernel": (33, 31), "bias": (31,)},  # nothing divides it
+    }
+    left, right = (
+        jax.tree.map(lambda shape: rng.normal(size=(3, *shape)).astype("f"), shapes, is_leaf=lambda s: type(s) is tuple)
+        for _ in range(2)
+    )
+    some = jax.tree.map(lambda rows: rows.shape[1] % 4 == 0, left)
+    if flags == "traced":
+        some = jax.tree.map(jnp.asarray, some)
+
+    def gramian(left, right, some):
+        return mtjax.gramian(left), mtjax.gradients.gramian(left, right, True if flags == "all" else some)
+
+    def run(left, right):
+        if flags == "traced":
+            return jax.jit(gramian).lower(left, right, some)
+        return jax.jit(lambda left, right: gramian(left, right, some)).lower(left, right)
+
+    traced = (some,) if flags == "traced" else ()
+    expected = run(left, right).compile()(left, right, *traced)
+    with jax.set_mesh(mesh), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        placed = [
+            jax.tree.map(
+                lambda leaf, own: jax.device_put(leaf, jax.NamedSharding(mesh, P(None, *own.spec))),
+                tree,
+                sharding.shardings(jax.tree.map(lambda leaf: leaf[0], tree), mesh),
+            )
+            for tree in (left, right)
+        ]
+        compiled = run(*placed).compile()
+        found = compiled(*placed, *traced)
+    for own, one in zip(found, expected, strict=True):
+        np.testing.assert_allclose(sharding.to_host(own), one, rtol=1e-5, atol=1e-3)
+    sent = collectives(compiled.as_text())
+    assert [(one.kind, one.times) for one in sent] == [("all-reduce", 1)] * len(sent), totals(sent)
+    assert [shape for one in sent for shape in one.shapes] == [("f32", (3, 3))] * 2
 
 
 def test_keys_and_counters_can_be_placed(mesh):

@@ -268,9 +268,7 @@ def compare(args: Arguments) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    import tyro
-
-    arguments = tyro.cli(Arguments, args=list(sys.argv[1:] if argv is None else argv), prog="compare.py")
+    arguments = command.parse(Arguments, argv, prog="compare.py")
     return command.run_command(lambda: compare(arguments))
 
 

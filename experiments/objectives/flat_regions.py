@@ -354,9 +354,7 @@ def wide_console() -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    import tyro
-
-    arguments = tyro.cli(Arguments, args=list(sys.argv[1:] if argv is None else argv), prog="flat_regions.py")
+    arguments = command.parse(Arguments, argv, prog="flat_regions.py")
     return command.run_command(lambda: experiment(arguments))
 
 

@@ -447,9 +447,7 @@ def run(args: Arguments) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    import tyro
-
-    arguments = tyro.cli(Arguments, args=list(sys.argv[1:] if argv is None else argv), prog="toy.py")
+    arguments = command.parse(Arguments, argv, prog="toy.py")
     return command.run_command(lambda: run(arguments))
 
 

@@ -59,6 +59,7 @@ from mtjax.nn.embeddings import PeriodicEmbedding
 from mtjax.nn.operator_layers import MLP
 from mtjax.optim import base as optim_base
 from mtjax.optim.base import Method
+from mtjax.sharding import to_host
 from mtjax.train import Problem, report
 from mtjax.train.fields import Domain, field_problem, make_field_evaluate
 from mtjax.train.study import Found, plain
@@ -387,7 +388,7 @@ def losses_on(losses: Losses, arms: Mapping[str, Arm], rows: Mapping[str, Any]) 
     rows = {name: jnp.asarray(column) for name, column in rows.items()}
     measure = jax.jit(jax.vmap(lambda params: losses(params, rows, jax.random.key(0))))
     return {
-        name: {part: float(np.sqrt(values).mean()) for part, values in measure(arm.params).items()}
+        name: {part: float(np.sqrt(values).mean()) for part, values in to_host(measure(arm.params)).items()}
         for name, arm in arms.items()
     }
 
@@ -401,7 +402,7 @@ def draw(config: Config, test: Mapping[str, Any], arms: Mapping[str, Arm], folde
     truth = test["values"].reshape(-1, *shape)
     fields, curves = {}, {}
     for name, arm in arms.items():
-        fields[name] = np.asarray(predict(arm.params)).reshape(-1, *truth.shape)
+        fields[name] = to_host(predict(arm.params)).reshape(-1, *truth.shape)
         error = np.linalg.norm(fields[name] - truth[None], axis=3) / np.linalg.norm(truth, axis=2)[None]
         curves[name] = 100 * error.mean((0, 1))
     best = min((name for name in arms if name in METHODS), key=lambda name: arms[name].mean().mean())

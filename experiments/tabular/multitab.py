@@ -385,14 +385,12 @@ def interrupted(run: pathlib.Path) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    import tyro
-
     argv = list(sys.argv[1:] if argv is None else argv)
     for name, options, body in (("predict", Predict, predict), ("export", Export, export)):
         if argv[:1] == [name]:
-            arguments = tyro.cli(options, args=argv[1:], prog=f"multitab.py {name}")
+            arguments = command.parse(options, argv[1:], prog=f"multitab.py {name}")
             return command.run_command(lambda: body(arguments))  # noqa: B023
-    arguments = tyro.cli(Train, args=argv, prog="multitab.py", config=command.options_style())
+    arguments = command.parse(Train, argv, prog="multitab.py")
     return command.run_on_machine(arguments.machine, argv, lambda: train(arguments))
 
 

@@ -47,6 +47,7 @@ from mtjax.nn.decoders import HeatmapHead, LinearUnpatch
 from mtjax.nn.moe import Dispatch
 from mtjax.nn.vit import VIT_S, ViTConfig
 from mtjax.plots_objectives import save_small
+from mtjax.sharding import to_host
 from mtjax.train import report
 from mtjax.train.compare import mean_and_se
 from mtjax.train.evaluate import Results
@@ -341,10 +342,10 @@ def moved(old: Arm, new: Arm, seed: int, images: jax.Array) -> float:
     def outputs(arm):
         apply = jax.jit(lambda params: arm.model.apply({"params": params}, {"image": images}, task=names))
         params = {key: leaf for key, leaf in arm.of_seed(seed).items() if key != "log_scales"}
-        return apply(params)
+        return to_host(apply(params))
 
     before, after = outputs(old), outputs(new)
-    return max(float(jnp.abs(before[name] - after[name]).max()) for name in names)
+    return max(float(np.abs(before[name] - after[name]).max()) for name in names)
 
 
 def few_experts(usage: Mapping[str, Sequence[Any]], arms: Mapping[str, Arm]) -> report.Finding:

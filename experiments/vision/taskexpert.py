@@ -32,6 +32,7 @@ from mtjax.models.static_decoders import StaticConfig, StaticDecoder, StaticViT,
 from mtjax.models.taskexpert import GateStats, TaskExpert, TaskExpertConfig, TaskExpertDecoder, gate_entropy
 from mtjax.nn.vit import VIT_B, ViTConfig
 from mtjax.plots_objectives import save_small
+from mtjax.sharding import to_host
 from mtjax.train.images import Augment, image_problem, normalise_image
 from mtjax.train.study import Found, plain
 
@@ -145,8 +146,8 @@ def gates_of(arm: Arm, images: np.ndarray, batch_size: int = 64) -> dict[str, np
         stats = jax.vmap(lambda own: arm.model.apply({"params": own}, batch, with_aux=True)[1])(params)
         return {layer: of.gates for layer, of in stats.items()}
 
-    pieces = [run(arm.params, images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
-    return {layer: np.concatenate([np.asarray(piece[layer]) for piece in pieces], axis=2) for layer in pieces[0]}
+    pieces = [to_host(run(arm.params, images[i : i + batch_size])) for i in range(0, len(images), batch_size)]
+    return {layer: np.concatenate([piece[layer] for piece in pieces], axis=2) for layer in pieces[0]}
 
 
 def gate_findings(gates: Mapping[str, np.ndarray]) -> list[Any]:

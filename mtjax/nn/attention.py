@@ -108,8 +108,14 @@ def attend(
     scores = jnp.einsum("...qhd,...khd->...hqk", query, key)
     if mask is not None:
         scores = jnp.where(mask.reshape((1,) * (scores.ndim - 2) + mask.shape), scores, jnp.finfo(scores.dtype).min)
-    probabilities = _dropout(jax.nn.softmax(scores, axis=-1), dropout, rng)
+    probabilities = _dropout(softmax(scores), dropout, rng)
     return jnp.einsum("...hqk,...khd->...qhd", probabilities, value)
+
+
+def softmax(scores: jax.Array) -> jax.Array:
+    """Over the last axis, computed in float32 at least: in half precision the sum over many keys would be rounded."""
+    wide = jnp.promote_types(scores.dtype, jnp.float32)
+    return jax.nn.softmax(scores.astype(wide), axis=-1).astype(scores.dtype)
 
 
 def flat_rows(x: jax.Array, *, whole: bool = True) -> jax.Array:
@@ -151,7 +157,7 @@ def _attend_in_blocks(query, key, value, mask, dropout, rng):
             scores = block_query @ key_t
             if block_mask is not None:
                 scores = jnp.where(block_mask, scores, jnp.finfo(scores.dtype).min)
-            probabilities = jax.nn.softmax(scores, axis=-1)
+            probabilities = softmax(scores)
             if rng is not None:
                 block_rng = jax.random.fold_in(rng, head_index * num_blocks + block_index)
                 probabilities = _dropout(probabilities, dropout, block_rng)

@@ -18,20 +18,14 @@ from typing import Any
 
 import jax
 
-from mtjax.sharding import BATCH_AXES, batch_axes, current_mesh
+from mtjax.sharding import BATCH_AXES, auto_mesh, batch_axes
 
 P = jax.sharding.PartitionSpec
 
 
-def _auto_mesh() -> Any:
-    """The ambient mesh, None inside of a `shard_map`."""
-    mesh = current_mesh()
-    return mesh if mesh is not None and all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types) else None
-
-
 def rows_mesh(rows: int) -> Any:
     """The ambient mesh if its devices divide a number of rows, else None; None also inside of another `shard_map`."""
-    mesh = _auto_mesh()
+    mesh = auto_mesh()
     return None if mesh is None or rows % math.prod(mesh.shape[name] for name in BATCH_AXES) else mesh
 
 
@@ -44,7 +38,7 @@ def pin_rows(x: jax.Array, *, axis: int = 0, whole: bool = False) -> jax.Array:
       whole: whether every device holds its rows whole. Otherwise the compiler may split them over the axis 'tensor':
         for what lies between two maps only, see the module.
     """
-    mesh = _auto_mesh()
+    mesh = auto_mesh()
     if mesh is None:
         return x
     spec = [None if whole else P.UNCONSTRAINED] * x.ndim

@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtjax.nn.attention import flat_rows
+from mtjax.nn.attention import flat_rows, softmax
 from mtjax.nn.balance import RouterStats, router_stats
 from mtjax.nn.moe import Dispatch, route_tokens
 from mtjax.nn.moe_parallel import at_experts, dispatch_mesh, own_params, static_slots
@@ -49,7 +49,7 @@ def attend_shared_head(query: jax.Array, key: jax.Array, value: jax.Array) -> ja
     shared = len(key) == 1 and streams > 1
     rows = query.swapaxes(0, 1) if shared else query
     rows = rows.reshape(len(key), batch, -1, width)
-    weights = jax.nn.softmax(jnp.einsum("tbqd,tbkd->tbqk", rows, key), axis=-1)
+    weights = softmax(jnp.einsum("tbqd,tbkd->tbqk", rows, key))
     out = jnp.einsum("tbqk,tbkd->tbqd", weights, value)
     if shared:
         return out.reshape(batch, streams, tokens, heads, width).swapaxes(0, 1)

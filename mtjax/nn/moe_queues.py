@@ -366,7 +366,7 @@ def _mlp_bwd(activation, residuals, dy):
             queues = queues.in_blocks() if queues.places else queues
         if queues.block is not None:
             grads = _blocks_bwd(activation, grads, dy, x, gates, weights, queues)
-        return grads
+        return jax.tree.map(lambda grad, of: grad.astype(of.dtype), grads, (x, gates, weights))
 
     queues = residuals[3]
     return *_one_by_one(backward, queues)(dy, *residuals), None
@@ -457,6 +457,7 @@ def _blocks_bwd(activation, grads, dy, x, gates, weights, queues):
         dgates = dgates.at[assignment].set(dgate.astype(dgates.dtype), mode="drop")
         return dx.at[token].add(dz @ kernel_in.T, mode="drop"), dgates, dweights
 
-    dx, dgates, dweights = grads
+    # Sums over many blocks, at least in float32.
+    dx, dgates, dweights = jax.tree.map(lambda grad: grad.astype(jnp.promote_types(grad.dtype, jnp.float32)), grads)
     dx, dgates, dweights = jax.lax.fori_loop(0, end[-1], body, (dx, dgates.reshape(-1), dweights))
     return dx, dgates.reshape(gates.shape), dweights

@@ -111,10 +111,8 @@ def where_shared(shared: PyTree, tree: PyTree) -> PyTree:
 
 def inner(left: PyTree, right: PyTree) -> jax.Array:
     """f[], the inner product of two gradients."""
-    return sum(
-        gradients.leaf_gramian(a[None], b[None])[0, 0]
-        for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
-    )
+    left, right = (jax.tree.map(lambda leaf: leaf[None], gradient) for gradient in (left, right))
+    return gradients.gramian(left, right)[0, 0]
 
 
 def cross_gramian(

@@ -50,15 +50,7 @@ def all_shared(shared: PyTree) -> bool:
 
 def shared_gramian(jacobian: PyTree, shared: PyTree, other: PyTree | None = None) -> jax.Array:
     """f[K, K] Gramian of the shared leaves; with another Jacobian in the place of the second factor if given."""
-    num_tasks = gradients.num_rows(jacobian)
-    total = jnp.zeros((num_tasks, num_tasks))
-    leaves = jax.tree.leaves(jacobian)
-    others = leaves if other is None else jax.tree.leaves(other)
-    for flag, rows, columns in zip(jax.tree.leaves(shared), leaves, others, strict=True):
-        if flag is not False:
-            gram = gradients.leaf_gramian(rows, columns)
-            total += gram if flag is True else jnp.where(flag, gram, 0.0)
-    return total
+    return gradients.gramian(jacobian, other, shared)
 
 
 def only_shared(shared: PyTree, tree: PyTree) -> PyTree:

@@ -130,9 +130,8 @@ def per_group(method: Method, group: Literal["leaf", "module"] | Callable[[str],
     def combine(jacobian, losses, state, present):
         indices, count = labels(jacobian)
         leaves, structure = jax.tree.flatten(jacobian)
-        grams = [jnp.zeros((losses.size, losses.size)) for _ in range(count)]
-        for index, rows in zip(indices, leaves, strict=True):
-            grams[index] += gradients.leaf_gramian(rows)
+        groups = [[label == index for label in indices] for index in range(count)]
+        grams = [gradients.gramian(jacobian, counted=own) for own in groups]
         extra = (present,) if weighting.masked else ()
         weights, inner = jax.vmap(lambda gram, inner: weighting.weigh(gram, losses, inner, *extra))(
             jnp.stack(grams), state.inner

@@ -16,7 +16,7 @@ import time
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import jax
 import numpy as np
@@ -49,11 +49,48 @@ class Machine:
     print memory, operations and communication of a device."""
 
 
-def options_style() -> tuple:
-    """`config` of `tyro.cli` for all scripts: the machine's options have no prefix, and flags no opposite."""
+def parse(options: type[Args], argv: Sequence[str] | None, *, prog: str, description: str | None = None) -> Args:
+    """The options of a script, an instance of the dataclass `options`. `--help` and mistakes end the process.
+
+    Args:
+      options: a dataclass; the docstrings of its fields are the help.
+      argv: arguments, by default those of the process.
+      prog: name of the script.
+      description: what `--help` says first, by default the docstring of the class.
+    """
+    try:
+        import tyro
+    except ImportError as error:
+        print("error: the command line needs the package tyro: pip install tyro", file=sys.stderr)
+        raise SystemExit(2) from error
+    # The options of the machine have no prefix, and flags no opposite.
+    style = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return tyro.cli(_with_words(options), args=argv, prog=prog, description=description, config=style)
+
+
+def _with_words(options: type[Args]) -> type[Args]:
+    """A subclass for tyro, whose help calls an option 'NAME' rather than '{None}|STR', and no default 'None'."""
     import tyro
 
-    return (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    hints, body = typing.get_type_hints(options), {"__doc__": options.__doc__, "__annotations__": {}}
+    for field in dataclasses.fields(options):
+        hint, default = hints[field.name], {"default": field.default}
+        if dataclasses.is_dataclass(hint):
+            hint = _with_words(hint)
+            default = {"default_factory": hint}
+        elif type(None) in typing.get_args(hint):
+            (inner,) = set(typing.get_args(hint)) - {type(None)}
+            name = {str: "NAME", int: "N", float: "X"}.get(inner, "PATH")
+            hint = Annotated[hint, tyro.conf.arg(metavar=name, help_behavior_hint="")]
+        elif field.default in (False, ()):
+            hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
+        else:
+            continue
+        body["__annotations__"][field.name] = hint
+        body[field.name] = dataclasses.field(**default)
+    frozen = options.__dataclass_params__.frozen
+    return dataclasses.dataclass(frozen=frozen)(type(options.__name__, (options,), body))
 
 
 def run_on_machine(args: Machine, argv: Sequence[str], body: Callable[[], int]) -> int:

@@ -13,7 +13,7 @@ weights never enter a map, so they stay as they are; of a batch that is handed o
 
 What stays float32, as is usual (`KEEP`, and `FEW_INPUTS`):
 
-* norms, whose statistics flax computes in float32 anyway;
+* norms, whose statistics flax computes in float32 anyway, and the softmax of attention;
 * routers and gates: rounded logits choose other experts (Switch Transformers call this selective precision);
 * the last map of a head: logits and fields are read by the loss to more than three digits;
 * maps of a few inputs, such as a trunk's of coordinates: no work, and 0.501 and 0.502 are one number in bfloat16.

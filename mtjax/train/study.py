@@ -134,12 +134,10 @@ def main(
     row_defaults: Mapping[str, Any] | None = None,
 ) -> int:
     """The script: parses the command line and runs the study (arguments as for `run`)."""
-    import tyro
-
     argv = list(sys.argv[1:] if argv is None else argv)
     name = f"{system.split('_', 1)[1]}.py"
     card = re.sub(r"\n(?=\w+: )", "\n\n", description)  # every entry of the head is a paragraph
-    arguments = tyro.cli(Arguments, args=argv, prog=name, description=card, config=command.options_style())
+    arguments = command.parse(Arguments, argv, prog=name, description=card)
 
     def body_on_machine() -> int:
         return run(arguments, system, presets, body, results, row_defaults)

@@ -20,6 +20,7 @@ from mtjax.nn.attention import (
     in_row_chunks,
     multitask_mask,
     readable_tokens,
+    softmax,
 )
 
 
@@ -173,6 +174,17 @@ def test_dropout_in_blocks_keeps_the_mean_and_draws_for_every_query_and_head():
     total, gradient = jax.value_and_grad(lambda value: jnp.sum(apply(jax.random.key(0), value)))(value)
     np.testing.assert_allclose(jnp.sum(gradient * value), total, rtol=1e-5)
     assert np.ptp(gradient[:, 0]) > 0
+
+
+def test_the_softmax_of_half_precision_is_summed_in_float32(rng):
+    """Over 4,096 keys that are alike; the probabilities are as near to 1 / 4,096 as bfloat16 can tell."""
+    scores = jnp.zeros((2, 4096), jnp.bfloat16)
+    found = softmax(scores)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(found, np.float32), 1 / 4096)
+    scores = jnp.asarray(rng.normal(size=(8, 500)), jnp.bfloat16)
+    exact = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+    np.testing.assert_array_equal(softmax(scores), exact.astype(jnp.bfloat16))
 
 
 def test_multi_head_attention_equals_a_loop(rng):

@@ -59,3 +59,19 @@ def test_dtype_is_kept(small_moe):
     assert y.dtype == jnp.bfloat16
     expected = small_moe.naive(x, values, ids, params)
     np.testing.assert_allclose(y.astype(np.float32), expected, atol=0.03 * np.abs(expected).max())
+
+
+def test_gradients_over_many_blocks_are_summed_in_float32():
+    """4,096 rows of one expert in blocks of 8: in bfloat16 8 and 8 and 8 ... make no more than 2,048."""
+    rows, half = 4096, jnp.bfloat16
+    sizes = {"kernel_in": (1, 4, 4), "bias_in": (1, 4), "kernel_out": (1, 4, 4), "bias_out": (1, 4)}
+    params = {name: jnp.ones(size, half) for name, size in sizes.items()}
+    queues = moe_queues.form_queues(jnp.zeros((rows, 1), jnp.int32), 1, places=0, block=8)
+
+    def total(params):
+        x, gates = jnp.ones((rows, 4), half), jnp.ones((rows, 1), half)
+        return moe_queues.queued_mlp(x, gates, params, queues, jax.nn.relu).astype(jnp.float32).sum()
+
+    gradient = jax.grad(total)(params)
+    assert gradient["bias_out"].dtype == half
+    np.testing.assert_array_equal(np.asarray(gradient["bias_out"], np.float32), rows)
