@@ -7,6 +7,7 @@
 * SIGKILL to one of two processes in the middle of training: the others have to end, and the run that goes on has to end
   in the bits of one that was never killed;
 * SIGTERM: how long until the state is saved and the processes are gone;
+* a run in two processes beside the same in one, and beside what rounding alone does to it;
 * a run that is moved from 8 devices to 2 to 1, and from two processes to one;
 * a training step of every model on every mesh beside that of one device (tests/test_mesh_models.py).
 
@@ -185,11 +186,11 @@ DRILLS = ("saves", "processes", "killed", "moved", "meshes")
 def run(drill: str, folder: pathlib.Path, seed: int, quick: bool) -> dict:
     """One drill. Runs that several of them compare with are made once."""
 
-    def reference(name: str, mesh: str | None, processes: int, devices: int) -> dict:
+    def reference(name: str, mesh: str | None, processes: int, devices: int, *more: str) -> dict:
         if (folder / f"{name}.npz").exists():
             with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
                 return dict(arrays)
-        return whole(folder, name, mesh=mesh, processes=processes, devices=devices)
+        return whole(folder, name, *more, mesh=mesh, processes=processes, devices=devices)
 
     def two() -> dict:
         return reference("two", MESH, 2, 4)
@@ -198,9 +199,17 @@ def run(drill: str, folder: pathlib.Path, seed: int, quick: bool) -> dict:
         (folder / "saves").mkdir()
         return kill_during_save(3 if quick else 30, seed, folder / "saves")
     if drill == "processes":
-        others = {"8 devices": reference("one", MESH, 1, 8), "1 device": reference("alone", None, 1, 1)}
-        name = "largest relative difference of the losses of 2 processes x 4 devices from 1 process with"
-        return {f"{name} {other}": difference(two(), found) for other, found in others.items()}
+        eight, alone = reference("one", MESH, 1, 8), reference("alone", None, 1, 1)
+        return {
+            "what": "largest relative difference of the losses of two trainings of 128 steps",
+            "2 processes x 4 devices, 1 process x 8 devices": difference(two(), eight),
+            # How far apart rounding alone drives two trainings: the same program, inputs of one bit more.
+            "1 x 8, the same with inputs that are one unit in the last place larger": difference(
+                reference("nudged", MESH, 1, 8, "--nudge"), eight
+            ),
+            # On a CPU one device draws dropout for each chunk of rows, and eight have one chunk each.
+            "2 x 4, 1 device (other dropout masks)": difference(two(), alone),
+        }
     if drill == "killed":
         return kill_one_process(folder, two(), 1 if quick else 3, seed)
     if drill == "moved":

@@ -54,6 +54,8 @@ def bits(state) -> dict[str, np.ndarray]:
 def train(args: argparse.Namespace) -> int:
     """Trains; returns the exit status."""
     train, validation = make_rows(ROWS, 0), make_rows(256, 1)
+    if args.nudge:
+        train["numeric"] = np.nextafter(train["numeric"], np.inf)
     tasks = (mtjax.Task("sold", "binary"), mtjax.Task("price", "regression"))
     tasks = tuple(task.fit(train["labels"][task.name]) for task in tasks)
     model = MultiTabNet(mtjax.head_sizes(tasks), (5,), 3, width=32, ff_width=64, ff_dropout=0.1, attention_dropout=0.1)
@@ -88,6 +90,7 @@ def main() -> int:
     parser.add_argument("--mesh", help="such as data=2,fsdp=4")
     parser.add_argument("--resume", action="store_true", help="go on with the run")
     parser.add_argument("--distributed", action="store_true", help="one of several processes")
+    parser.add_argument("--nudge", action="store_true", help="inputs one unit in the last place larger")
     args = parser.parse_args()
     machine = command.Machine(mesh=args.mesh, distributed=args.distributed)
     return command.run_on_machine(machine, sys.argv[1:], lambda: train(args))

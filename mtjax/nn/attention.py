@@ -293,7 +293,7 @@ def in_row_chunks(layer: nn.Module, x: jax.Array, mask: Any, rows: int | None, *
       x: f32[B, n, D].
       mask: passed on.
       rows: rows per chunk, on a mesh of every device; None runs all at once.
-      train: passed on; dropout draws anew for each chunk.
+      train: passed on; dropout draws anew for each chunk, so that other chunks (a mesh has its own) have other masks.
 
     Returns:
       f32[B, q, D].
