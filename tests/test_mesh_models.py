@@ -223,10 +223,12 @@ def test_every_model_on_every_mesh(name, spec):
     check(name, spec)
 
 
+BY_ROUTE = (("pcgrad", "jacobian"), ("pcgrad", "weighted"), ("mgda", "jacobian"), ("mgda", "weighted"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("route", ["jacobian", "weighted"])
-@pytest.mark.parametrize("method", ["pcgrad", "mgda"])
-@pytest.mark.parametrize("name", ["multitab", "m3vit"])
+@pytest.mark.parametrize(("method", "route"), BY_ROUTE)
+@pytest.mark.parametrize("name", MODELS)
 def test_gramian_methods_by_both_routes_on_every_mesh(name, method, route, spec):
     check(name, spec, method, route)
