@@ -20,11 +20,12 @@ a parameter does not have itself (lanes, layers of a scan, tasks of a Jacobian) 
 (None, None, 'expert', 'embed', 'mlp')
 """
 
+import contextlib
 import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -140,6 +141,18 @@ def auto_mesh() -> jax.sharding.Mesh | jax.sharding.AbstractMesh | None:
     """`current_mesh()`, but None inside of a `shard_map`, where code is already that of one device."""
     mesh = current_mesh()
     return mesh if mesh is not None and all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types) else None
+
+
+@contextlib.contextmanager
+def on_one_device() -> Iterator[None]:
+    """Inside, programs run on one device of this process, for work that is no step of a training.
+
+    On an ambient mesh every device of it would do the same, and under `mtjax.dryrun` these are hundreds on one machine.
+    """
+    one = np.array(jax.local_devices()[:1]).reshape([1] * len(AXES))
+    kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
+    with jax.set_mesh(jax.sharding.Mesh(one, AXES, axis_types=kinds)):
+        yield
 
 
 def logical_axes(path: str, shape: Sequence[int]) -> tuple[str | None, ...]:

@@ -54,6 +54,7 @@ import numpy as np
 from mtjax.data.encoders import NumericColumn, TabularEncoder, TargetColumn
 from mtjax.data.splits import SPLITS
 from mtjax.data.tabular import TabularDataset
+from mtjax.sharding import on_one_device
 from mtjax.tasks import Task
 
 Kind = Literal["regression", "binary", "multiclass"]
@@ -308,7 +309,8 @@ def synthetic_dataset(
     for name, n in zip(SPLITS, rows, strict=True):
         if n < 1:
             raise ValueError(f"The {name} split needs at least one row, got {name}={n}")
-        blocks = [jax.device_get(draw(jax.random.fold_in(stream(seed, name), i))) for i in range(-(-n // _BLOCK))]
+        with on_one_device():
+            blocks = [jax.device_get(draw(jax.random.fold_in(stream(seed, name), i))) for i in range(-(-n // _BLOCK))]
         batches[name] = jax.tree.map(lambda *parts, n=n: np.concatenate(parts)[:n], *blocks)
         positions[name] = np.arange(first, first + n)
         first += n

@@ -44,6 +44,8 @@ from typing import Any
 
 import numpy as np
 
+from mtjax.sharding import on_one_device
+
 FORMAT_VERSION = 1
 _HEADER = "header.json"
 # Level 1 of zlib is 5 times faster than level 6 and within a few per cent of its size on fields and masks.
@@ -96,7 +98,7 @@ def cached(
             f"The folder {path.parent} of stored data sets cannot be written ({error}); pass folder=... or set "
             "the environment variable MTJAX_DATA"
         ) from error
-    with progress_bar(f"Generating {name}", enabled=show_progress) as advance:
+    with on_one_device(), progress_bar(f"Generating {name}", enabled=show_progress) as advance:
         flat = flatten(make(advance))
     try:
         write(path, flat, described(config))

@@ -6,12 +6,14 @@ import os
 import pathlib
 import tempfile
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from mtjax import sharding
 from mtjax.data.pde import store
 
 
@@ -64,6 +66,22 @@ def test_made_once_and_read_bit_by_bit(tmp_path):
     assert_same(first, Maker()(lambda *_: None))
     assert_same(again, first)
     assert [path.name for path in tmp_path.iterdir()] == [store.path_of("tiny", Config(), folder=tmp_path).name]
+
+
+def test_data_are_made_on_one_device_whatever_the_mesh(tmp_path):
+    devices = []
+
+    def make(progress):
+        made = jax.jit(lambda x: 2 * x)(np.arange(8.0))
+        devices.append(made.devices())
+        return {"x": np.asarray(made)}
+
+    mesh = sharding.make_mesh("data=8")
+    with jax.set_mesh(mesh):
+        store.cached("one", Config(), make, folder=tmp_path)
+        assert sharding.current_mesh() == mesh  # again
+        assert len(jax.jit(lambda x: 2 * x)(np.arange(8.0)).devices()) == 8
+    assert [len(found) for found in devices] == [1]
 
 
 def test_the_file_is_a_plain_npz_with_its_configuration(tmp_path):
