@@ -1,6 +1,6 @@
 """What a run survives: drills that kill, stop, move and compare runs, and write what was found.
 
-    python experiments/drills/survive.py              # about half an hour on two CPU cores
+    python experiments/drills/survive.py              # about an hour on two CPU cores
     python experiments/drills/survive.py --quick      # a few of each
 
 * kills while a checkpoint is being written: after every one a good checkpoint has to be there;
@@ -9,7 +9,7 @@
 * SIGTERM: how long until the state is saved and the processes are gone;
 * a run in two processes beside the same in one, and beside what rounding alone does to it;
 * a run that is moved from 8 devices to 2 to 1, and from two processes to one;
-* a training step of every model on every mesh beside that of one device (tests/test_mesh_models.py).
+* a training step of every model on every mesh, with the sum, PCGrad and MGDA by both routes, beside that of one device (tests/test_mesh_models.py).
 
 Results: experiments/results/drills/survive.json (not of the preset `--quick`).
 """
