@@ -9,7 +9,8 @@
 * SIGTERM: how long until the state is saved and the processes are gone;
 * a run in two processes beside the same in one, and beside what rounding alone does to it;
 * a run that is moved from 8 devices to 2 to 1, and from two processes to one;
-* a training step of every model on every mesh, with the sum, PCGrad and MGDA by both routes, beside that of one device (tests/test_mesh_models.py).
+* a training step of every model on every mesh, with the sum, PCGrad and MGDA by both routes, beside that of one device
+  (tests/test_mesh_models.py).
 
 Results: experiments/results/drills/survive.json (not of the preset `--quick`).
 """
