@@ -1,6 +1,7 @@
 """README: its two commands, its code and its paths are true."""
 
 import ast
+import json
 import pathlib
 import re
 import shlex
@@ -159,3 +160,35 @@ def test_training_on_a_mesh_is_two_lines(capsys):
     names["config"] = TrainConfig(batch_size=16, max_epochs=1)
     exec(compile(block, "README.md", "exec"), names)
     assert re.search(r"kernel .* fsdp ", capsys.readouterr().out)
+
+
+PAIR = re.compile(r"(\d+(?:\.\d+)?) ± (\d+(?:\.\d+)?)")
+MEASURED = ("README.md", *(f"experiments/docs/pages/families/{name}.md" for name in ("operators", "tabular", "vision")))
+
+
+def measured() -> list[tuple[float, float]]:
+    """(|mean|, standard error) of all rows and findings of the committed results, shares also in percent."""
+    found = []
+    for path in (ROOT / "experiments" / "results").glob("*.json"):
+        report = json.loads(path.read_text())
+        findings = json.dumps(report["details"].get("findings", []), ensure_ascii=False)
+        found += [(float(mean), float(error)) for mean, error in PAIR.findall(findings)]
+        numbers = [(row.get("mean"), row.get("se")) for row in report["rows"]]
+        numbers = [(abs(mean), error) for mean, error in numbers if mean is not None and error is not None]
+        found += [(scale * mean, scale * error) for mean, error in numbers for scale in (1, 100)]
+    return found
+
+
+@pytest.mark.parametrize("page", MEASURED)
+def test_means_and_errors_of_the_text_are_those_of_the_results(page):
+    """Every 'mean ± standard error' is in a committed result, rounded."""
+
+    def rounds_to(shown: str, value: float) -> bool:
+        digits = len(shown.partition(".")[2])
+        return abs(float(shown) - value) <= 0.5001 * 10**-digits
+
+    known = measured()
+    shown = PAIR.findall((ROOT / page).read_text())
+    assert shown
+    missing = [pair for pair in shown if not any(all(map(rounds_to, pair, numbers)) for numbers in known)]
+    assert not missing
