@@ -33,8 +33,8 @@ def files(root: pathlib.Path, *patterns: str) -> set[str]:
 
 def test_the_version_is_written_once():
     assert PROJECT["dynamic"] == ["version"] and "version" not in PROJECT
-    assert CONTENT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "mtjax.__version__"}
-    # setuptools reads it without importing the package, which takes a plain assignment.
+    assert CONTENT["tool"]["hatch"]["version"] == {"path": "mtjax/__init__.py"}
+    # hatchling reads it without importing the package, which takes a plain assignment.
     source = (ROOT / "mtjax" / "__init__.py").read_text()
     assert re.findall(r'^__version__ = "(.*)"$', source, flags=re.MULTILINE) == [mtjax.__version__]
 
@@ -109,7 +109,7 @@ def test_a_source_distribution_holds_what_the_tests_read(source, tmp_path):
     run(sys.executable, "-m", "venv", "builder", cwd=tmp_path)
     builder = str(tmp_path / "builder" / "bin" / "python")
     run(builder, "-m", "pip", "install", "--quiet", *CONTENT["build-system"]["requires"], cwd=tmp_path)
-    backend = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    backend = f"from hatchling import build; print(build.build_sdist({str(tmp_path)!r}))"
     name = run(builder, "-c", backend, cwd=source).split()[-1]
     with tarfile.open(tmp_path / name) as archive:
         held = {member.name.partition("/")[2] for member in archive if member.isfile()}
